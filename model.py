@@ -1,0 +1,421 @@
+"""BEiT's networks in plain PyTorch: the ViT backbone, the masked-image-modelling head, weights in
+and out.
+
+Read `ViT.forward` and `BEiT.forward` first. Parameter names are those of the official checkpoints
+(github.com/microsoft/unilm, beit), which timm shares, so weights move both ways with no map.
+Shapes: B images, N = h * w patches of a (h, w) grid, D channels, and one [CLS] token before the
+patches.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenizer import read_checkpoint
+
+# Layers / width / heads of table 11 and of ViT and DeiT; `layer_scale` is the released variant's.
+# "nano" is not in the paper: it is the size that the demos train in minutes on two CPU cores.
+VIT_SIZES = {
+    "nano": dict(dim=128, depth=6, heads=4, layer_scale=0.1),
+    "tiny": dict(dim=192, depth=12, heads=3, layer_scale=0.1),
+    "small": dict(dim=384, depth=12, heads=6, layer_scale=0.1),
+    "base": dict(dim=768, depth=12, heads=12, layer_scale=0.1),
+    "large": dict(dim=1024, depth=24, heads=16, layer_scale=1e-5),
+}
+VARIANTS = {
+    "paper": dict(
+        position="absolute", layer_scale=0.0
+    ),  # the model of the paper's tables: 83.2% with base
+    "released": dict(position="shared_relative"),  # the checkpoints that the authors released
+}
+
+
+@dataclass
+class ViTConfig:
+    image_size: int = 224  # pixels a side
+    patch_size: int = 16  # pixels a side
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0  # stochastic depth of the last block; grows linearly from 0 at the first
+    position: str = (
+        "absolute"  # learnt embeddings, or a "relative" bias a layer, or one "shared_relative" bias
+    )
+    layer_scale: float = 0.0  # initial gain of every residual branch; 0 = no such parameters
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}"
+            )
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} is no multiple of heads={self.heads}")
+        if self.position not in ("absolute", "relative", "shared_relative"):
+            raise ValueError(
+                f"position={self.position!r} is none of absolute, relative, shared_relative"
+            )
+
+    @property
+    def grid(self):
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def named(cls, size, variant="paper", **changes):
+        """The config of a size and a variant, e.g. `ViTConfig.named("base", "released",
+        drop_path=0.1)`."""
+        for name, table in ((size, VIT_SIZES), (variant, VARIANTS)):
+            if name not in table:
+                raise ValueError(f"{name!r} is none of {', '.join(table)}")
+        return cls(**{**VIT_SIZES[size], **VARIANTS[variant], **changes})
+
+
+class PatchEmbed(nn.Module):
+    """Cut (B, 3, H, W) into patches and project each: (B, N, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class RelativePositionBias(nn.Module):
+    """Holds a table of relative position biases: a row for every offset between two patches, and
+    three more for [CLS] to patch, patch to [CLS] and [CLS] to itself; a column a head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * config.grid - 1) ** 2 + 3, config.heads)
+        )
+
+
+def relative_position_index(grid):
+    """(1 + N, 1 + N) int64: the row of the bias table for each pair of query and key, N = grid *
+    grid."""
+    side = 2 * grid - 1
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    place = (y * side + x).flatten()  # (N,)
+    index = torch.empty(grid * grid + 1, grid * grid + 1, dtype=torch.long)
+    index[1:, 1:] = (
+        place[:, None] - place[None, :] + side * side // 2
+    )  # the middle row is offset (0, 0)
+    index[0, :], index[:, 0], index[0, 0] = side * side, side * side + 1, side * side + 2
+    return index
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on queries and values but none on keys."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(config.dim))
+        self.v_bias = nn.Parameter(torch.zeros(config.dim))
+        self.proj = nn.Linear(config.dim, config.dim)
+        if config.position == "relative":
+            self.relative_position_bias_table = RelativePositionBias(
+                config
+            ).relative_position_bias_table
+
+    def queries_keys_values(self, x):
+        """(B, 1 + N, D) -> three times (B, heads, 1 + N, D / heads)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        return qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x, bias=None):
+        """(B, 1 + N, D) -> the same; `bias` (heads, 1 + N, 1 + N) is added to the attention
+        logits."""
+        q, k, v = self.queries_keys_values(x)
+        bias = None if bias is None else bias.to(q.dtype).unsqueeze(0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, 1 + N, D / heads)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def weights(self, x, bias=None):
+        """The attention that `forward` applies but never stores: (B, heads, queries, keys), rows
+        sum to 1."""
+        q, k, _ = self.queries_keys_values(x)
+        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+        return (logits if bias is None else logits + bias).softmax(dim=3)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, int(config.dim * config.mlp_ratio))
+        self.fc2 = nn.Linear(int(config.dim * config.mlp_ratio), config.dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with LayerScale and stochastic depth, both optional."""
+
+    def __init__(self, config, drop_path):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = MLP(config)
+        self.gamma_1 = self.gamma_2 = None
+        if config.layer_scale:
+            self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def forward(self, x, bias=None):
+        """(B, 1 + N, D) -> the same; `bias` as in Attention."""
+        x = self.residual(x, self.gamma_1, lambda x: self.attn(self.norm1(x), bias))
+        return self.residual(x, self.gamma_2, lambda x: self.mlp(self.norm2(x)))
+
+    def residual(self, x, gamma, branch):
+        """x + gamma * branch(x), where stochastic depth drops the branch of whole samples at
+        random.
+
+        A dropped sample never enters its branch, so a rate of 0.1 saves 5% of the network's work.
+        The draw is made on the CPU, where finding the samples that stay makes no GPU wait.
+        """
+        stay = slice(None)
+        if self.training and self.drop_path > 0:
+            drawn = torch.rand(len(x)) >= self.drop_path
+            stay = (
+                slice(None)
+                if drawn.all()
+                else drawn.nonzero().squeeze(1).to(x.device, non_blocking=True)
+            )
+        out = branch(x[stay])
+        if gamma is not None:
+            out = gamma * out
+        if self.training and self.drop_path > 0:
+            out = out / (1 - self.drop_path)
+        return x + out if isinstance(stay, slice) else x.index_add(0, stay, out.to(x.dtype))
+
+
+class ViT(nn.Module):
+    """The backbone: patches -> blocks. Its subclasses add a head; all share the official parameter
+    names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = None
+        if config.position == "absolute":
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, config.dim))
+        else:
+            self.register_buffer(
+                "relative_index", relative_position_index(config.grid), persistent=False
+            )
+        if config.position == "shared_relative":
+            self.rel_pos_bias = RelativePositionBias(config)
+        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """The paper's init (sec. 2.3): normal of std 0.02 cut at one std, the l-th block's outputs
+        / sqrt(2l)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and not name.endswith("relative_position_bias_table"):
+                nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        for number, block in enumerate(self.blocks, 1):
+            block.attn.proj.weight.div_(math.sqrt(2 * number))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * number))
+
+    def embed(self, images, mask=None):
+        """Images (B, 3, H, W), normalised -> patch embeddings (B, N, D)."""
+        if images.shape[2:] != (self.config.image_size, self.config.image_size):
+            raise ValueError(
+                f"images of {images.shape[2]}x{images.shape[3]} pixels for a model of "
+                f"image_size={self.config.image_size}"
+            )
+        return self.patch_embed(images)
+
+    def position_bias(self, owner):
+        """The bias (heads, 1 + N, 1 + N) in the table of `owner`."""
+        # embedding(), not table[index]: its backward adds up in a fixed order, so a resumed run is
+        # bit-identical
+        return F.embedding(self.relative_index, owner.relative_position_bias_table).permute(2, 0, 1)
+
+    def encode(self, x, layers=None):
+        """Patch embeddings (B, N, D) -> features after the first `layers` blocks (None: all), (B, 1
+        + N, D)."""
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        bias = (
+            self.position_bias(self.rel_pos_bias)
+            if self.config.position == "shared_relative"
+            else None
+        )
+        for block in self.blocks[:layers]:
+            x = block(
+                x, self.position_bias(block.attn) if self.config.position == "relative" else bias
+            )
+        return x
+
+    def attention(self, images):
+        """The last block's attention weights for images (B, 3, H, W), normalised: (B, heads, 1 + N,
+        1 + N)."""
+        last = self.blocks[-1]
+        owner = {"relative": last.attn, "shared_relative": getattr(self, "rel_pos_bias", None)}
+        owner = owner.get(self.config.position)
+        bias = None if owner is None else self.position_bias(owner)
+        return last.attn.weights(last.norm1(self.encode(self.embed(images), layers=-1)), bias)
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, not normed, (B, 1 +
+        N, D)."""
+        return self.encode(self.embed(images))
+
+
+class BEiT(ViT):
+    """Masked image modelling (sec. 2.3): predict the visual tokens of the hidden patches."""
+
+    def __init__(self, config, vocab_size):
+        super().__init__(config)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.lm_head = nn.Linear(config.dim, vocab_size)
+        self.init_weights()
+
+    def forward(self, images, mask, predict=None):
+        """Images (B, 3, H, W), normalised, and mask (B, h, w), True = hidden -> logits (sum of
+        mask, vocab), in the order of `tokens[mask]`. `predict` (B, h, w) asks for the logits of
+        other patches instead."""
+        mask, predict = mask.flatten(1), (mask if predict is None else predict).flatten()
+        x = torch.where(
+            mask.to(images.device).unsqueeze(2), self.mask_token, self.embed(images)
+        )  # (B, N, D)
+        x = self.encode(x)[:, 1:].flatten(0, 1)  # (B * N, D)
+        index = predict.nonzero().squeeze(1)  # a mask on the CPU makes no GPU wait here
+        return self.lm_head(self.norm(x[index.to(x.device, non_blocking=True)]))
+
+
+def param_groups(model, lr, weight_decay, layer_decay=1.0):
+    """AdamW's parameter groups: no decay of biases, norms, LayerScale, cls_token and pos_embed; a
+    learning rate of lr * layer_decay ** (depth + 1 - layer) (table 13), where the embeddings are
+    layer 0, the l-th block is layer l and all that is above is layer depth + 1. `lr_scale` keeps
+    that factor for the schedule."""
+    depth = getattr(model.config, "depth", 0)  # a dVAE has no layers to tell apart
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = depth + 1
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif name.startswith(("patch_embed.", "cls_token", "mask_token", "pos_embed")):
+            layer = 0
+        decays = parameter.dim() > 1 and name not in ("cls_token", "pos_embed")
+        scale = layer_decay ** (depth + 1 - layer)
+        group = dict(
+            params=[], lr=lr * scale, lr_scale=scale, weight_decay=weight_decay if decays else 0.0
+        )
+        groups.setdefault((layer if layer_decay < 1 else 0, decays), group)["params"].append(
+            parameter
+        )
+    return list(groups.values())
+
+
+# ---- weights in and out --------------------------------------------------------------------------
+
+
+def write_atomically(path, write, keep=None):
+    """Call write(file) on a temporary file beside `path`, sync it and rename it to `path`, so that
+    a kill at any moment leaves the old file or the new one. The old file moves to `keep`, if
+    given."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_weights(model, path, mode="bicubic"):
+    """Copy the weights in `path` (one of our checkpoints or an official one) into `model` by name.
+
+    Position embeddings and tables for another image size are resized; `mode` is F.interpolate's
+    (bicubic, bilinear for segmentation). A shared table is copied to every layer that wants its own
+    (sec. 2.3 of the official recipe). Heads and final norms may be missing or of another size: they
+    keep their init. Returns three lines that say what was loaded, left out and newly initialised.
+    Raises ValueError if a tensor of the backbone is missing or has another shape.
+    """
+    state = read_checkpoint(path)
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    target = model.state_dict()
+    shared = state.get("rel_pos_bias.relative_position_bias_table")
+    if shared is not None and model.config.position == "relative":
+        for number in range(model.config.depth):
+            state[f"blocks.{number}.attn.relative_position_bias_table"] = shared
+    loaded = {}
+    for name, own in target.items():
+        head = name.startswith(("head.", "lm_head.", "norm.", "fc_norm.", "mask_token"))
+        value = state.get(name)
+        if value is not None and name.endswith(("pos_embed", "relative_position_bias_table")):
+            value = resize_positions(value, own.shape, mode)
+        if value is None or value.shape != own.shape:
+            if head:
+                continue
+            found = "is not in it" if value is None else f"is {tuple(value.shape)} there"
+            raise ValueError(
+                f"{path}: {name} {found} and {tuple(own.shape)} in the model; give the --size, "
+                "--variant and --patch_size that the weights were trained with"
+            )
+        loaded[name] = value
+    model.load_state_dict(loaded, strict=False)
+    left, new = (
+        [name for name in state if name not in loaded],
+        [name for name in target if name not in loaded],
+    )
+    return (
+        f"loaded {len(loaded)} tensors from {path}\nleft out: {', '.join(left) or 'none'}\n"
+        f"newly initialised: {', '.join(new) or 'none'}"
+    )
+
+
+def resize_positions(value, shape, mode="bicubic"):
+    """Position embeddings (1, 1 + N, D) or a relative table (side * side + 3, heads) for the grid
+    of `shape`. Only the 2-D part is interpolated; the [CLS] embedding and the three extra rows stay
+    as they are."""
+    if value.shape == shape or value.dim() != len(shape):
+        return value
+    table, length = value.dim() == 2, shape[-2]
+    extra = 3 if table else 1
+    rows = value.reshape(-1, value.shape[-1])
+    extra_rows, grid_rows = (rows[-3:], rows[:-3]) if table else (rows[:1], rows[1:])
+    old, new = math.isqrt(len(grid_rows)), math.isqrt(length - extra)
+    grid_rows = grid_rows.T.reshape(1, -1, old, old).float()
+    grid_rows = F.interpolate(grid_rows, size=(new, new), mode=mode, align_corners=False)
+    grid_rows = grid_rows.reshape(-1, new * new).T.to(value.dtype)
+    return torch.cat([grid_rows, extra_rows] if table else [extra_rows, grid_rows]).reshape(
+        *shape[:-1], -1
+    )
+
+
+def export_weights(model, path):
+    """Write {"model": weights} under the official names; the official code and timm read it."""
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    write_atomically(path, lambda file: torch.save({"model": state}, file))

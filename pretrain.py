@@ -1,0 +1,1051 @@
+"""Pre-train BEiT (arXiv 2106.08254): hide blocks of image patches, predict their visual tokens.
+
+No arguments is the paper's recipe (table 12): ViT-B, 800 epochs of ImageNet-1k, batch 2048,
+DALL-E's tokens. The paper gives about five days on 16 V100-32GB for its 500,000 steps, and 83.2%
+top-1 after fine-tuning; neither has been measured with this code. On 8 GPUs:
+    torchrun --nproc_per_node=8 pretrain.py --data=/path/to/imagenet --out=out/beit_base
+In five minutes on two CPU cores, on images that the script draws itself:
+    python pretrain.py --preset=shapes
+See the plan of a run (steps, compute, memory, days) without data or GPU:
+    python pretrain.py --dry_run
+See what a trained model attends to:
+    python pretrain.py --task=attention --weights=out/shapes/checkpoint.pt --data=picture.jpg
+`--help` lists every option. Run a command again after it was killed, and it goes on where it was.
+
+Read this file from the bottom: main, train, then the objectives. Everything random (crops, masks,
+noise) is a function of the seed and of the step or the image, never of a generator's history.
+"""
+
+import argparse
+import difflib
+import functools
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from masking import blockwise_mask, random_mask
+from model import BEiT, ViT, ViTConfig, load_weights, param_groups, write_atomically
+from tokenizer import DVAE, DVAEConfig, build_tokenizer, load_dalle, read_checkpoint
+
+# ---- the options ---------------------------------------------------------------------------------
+# The comment behind a field is its text in --help: why this value, or what goes wrong with another.
+
+
+@dataclass
+class RunConfig:
+    """What the three scripts share."""
+
+    data: str = "imagenet"  # folder of images, searched to the bottom; or shapes, cifar10, cifar100
+    out: str = "out/run"  # one folder a run: checkpoint.pt, metrics.jsonl, config.json, pictures
+    weights: str = ""  # a file of weights to start from; empty: the paper's init
+    size: str = "base"  # nano (for demos), tiny, small, base or large; the paper has base and large
+    variant: str = "paper"  # paper: its tables' model; released: its checkpoints' (model.py)
+    image_size: int = 224  # pixels a side, a multiple of patch_size; twice is four times the work
+    patch_size: int = 16  # pixels a side; half is four times the work
+    epochs: float = 800  # passes over the data; 300 cost 0.3 points of ImageNet top-1 (table 4)
+    steps: int = 0  # length of the run in steps instead; 0: as epochs says
+    batch_size: int = 2048  # images a step over ALL processes; for 512 halve the lr (the authors)
+    micro_batch: int = 128  # images a process computes at once; if memory runs out, lower this
+    lr: float = 1.5e-3  # peak of the schedule; too high shows as a loss that jumps up early
+    min_lr: float = 1e-5  # where the cosine ends
+    warmup_epochs: float = 10  # linear warm-up; a ViT without one diverges at this lr
+    weight_decay: float = 0.05  # of matrices only; biases, norms and embeddings have none
+    clip_grad: float = 3.0  # largest gradient norm, 0 for none; the paper clips large at 1.0
+    drop_path: float = 0.1  # stochastic depth of the last block; longer runs bear more
+    seed: int = 0  # of the init, order, crops, masks and noise; rerun with others for error bars
+    num_workers: int = 8  # processes that load images for each GPU; the batches do not depend on it
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # float16 on V100
+    compile: bool = False  # torch.compile the blocks: a slow start, then faster steps on a GPU
+    device: str = "auto"  # auto is this process's GPU if there is one; or cpu, cuda, mps
+    resume: Literal["auto", "never"] = "auto"  # never starts over and replaces what is in --out
+    log_every: int = 50  # steps between log lines; each of them waits for the GPU
+    eval_every: int = 6250  # steps between evaluations with pictures, 0 for one at the end
+    save_every: int = 1250  # steps between checkpoints: what a crash loses; SIGTERM loses nothing
+    val_images: int = 2048  # held-out images an evaluation reads; more is slower and less noisy
+    skip_bad_images: bool = False  # count and skip unreadable images; false stops at one
+    tensorboard: bool = False  # also log for TensorBoard, which must be installed
+
+
+@dataclass
+class Config(RunConfig):
+    task: Literal["mim", "tokenizer", "attention"] = "mim"  # what to train, or maps of section 3.4
+    tokenizer: str = "dalle"  # dalle, dalle:DIR, dvae:FILE, or dvae: train ours first
+    mask: Literal["block", "random", "none"] = "block"  # random: -0.1 top-1, -1.7 mIoU (table 4)
+    mask_ratio: float = 0.383  # 75 of 14x14 patches, the authors' rounding of the paper's 40%
+    min_block: int = 16  # least patches of a block (algorithm 1); lower it on grids below 8x8
+    predict: Literal["masked", "all"] = "masked"  # all patches: -0.3 top-1, -3.7 mIoU (table 4)
+    crop_min: float = 0.08  # least area of a crop; raise it where images are tiny
+    jitter: float = 0.4  # of brightness, contrast and saturation; the tokens see it too
+    tokenizer_steps: int = 50_000  # of training our own dVAE when --tokenizer=dvae does that first
+    vocab_size: int = 8192  # tokens of our own dVAE; fewer are learnt faster and carry less detail
+    downsample: int = 8  # pixels a side to a token of our own dVAE; a power of two
+    dvae_dim: int = 128  # channels of our own dVAE; twice is four times the work
+    kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
+    query: str = ""  # row,column of the patch that --task=attention asks; empty: the middle
+    dry_run: bool = False  # print the plan of the run, without data, and stop
+    processes: int = 0  # GPUs that the plan is for; 0: as many as run it
+    images_per_s: float = 0.0  # of one process, for the plan's days; 0: measured now. V100: 148
+
+
+# A preset is what differs from the recipe. The demos' tokenizer is our own dVAE, trained first.
+DEMO = dict(size="nano", tokenizer="dvae", dvae_dim=64, downsample=4, batch_size=64, lr=3e-3)
+DEMO |= dict(warmup_epochs=0.2, num_workers=2, log_every=25)
+CIFAR = dict(DEMO, image_size=32, patch_size=4, crop_min=0.3, vocab_size=512)
+CIFAR |= dict(epochs=10, tokenizer_steps=1000, eval_every=1000, save_every=500)
+PRESETS = {
+    "paper": {},
+    "large": dict(size="large", clip_grad=1.0, micro_batch=64),
+    "shapes": dict(DEMO, data="shapes", out="out/shapes", image_size=64, patch_size=8, crop_min=0.5)
+    | dict(vocab_size=256, steps=300, tokenizer_steps=400, eval_every=100, save_every=100)
+    | dict(val_images=512),
+    "cifar10": dict(CIFAR, data="cifar10", out="out/cifar10"),
+    "cifar100": dict(CIFAR, data="cifar100", out="out/cifar100"),
+}
+
+# ---- the run: command line, processes, schedule, checkpoint, log; all three scripts use it -------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, once under torchrun, exit code 2."""
+        for unknown in re.findall(r"unrecognized arguments: --(\w+)", message):
+            known = [option[2:] for option in self._option_string_actions]
+            close = difflib.get_close_matches(unknown, known, n=1)
+            message += f"; did you mean --{close[0]}?" if close else "; --help lists what there is"
+        sys.exit(2) if rank() else fail(message, 2)
+
+
+def parse_args(config_class, presets, argv=None, doc=""):
+    """The config of a command line: defaults, then the preset's values, then --FIELD=VALUE."""
+
+    def boolean(text):
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return text.lower() == "true"
+
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("--preset", choices=presets, default="paper", help="a set of the below")
+    for f in fields(config_class):
+        text = f"{field_texts(config_class)[f.name]} (default: {f.default!r})".replace("%", "%%")
+        kind = dict(type=f.type)
+        if get_args(f.type):
+            kind = dict(choices=get_args(f.type))
+        elif f.type is bool:
+            kind = dict(type=boolean, nargs="?", const=True)  # --dry_run alone is --dry_run=true
+        parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **kind)
+    given = vars(parser.parse_args(argv))
+    return config_class(**{**presets[given.pop("preset")], **given})
+
+
+def field_texts(config_class):
+    """The comment behind each field, by the field's name."""
+    source = "".join(inspect.getsource(c) for c in config_class.__mro__[:-1])
+    return dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", source, flags=re.MULTILINE))
+
+
+def fail(message, code):
+    """Print one line and exit: code 2 for bad input, 1 for a run that went wrong."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def run(main):
+    """Call main() and turn what the user can mend into one line without a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        # a loader process's error comes wrapped in its traceback: the last line is the message
+        last = (str(error).strip() or repr(error)).splitlines()[-1]
+        fail(last.removeprefix("ValueError: "), 2)
+    except FloatingPointError as error:
+        fail(error, 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_sum(*numbers):
+    """The sums of numbers over all processes, as floats (float64, on the CPU: no GPU waits)."""
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def log(*words):
+    """Print once, whatever the number of processes, and without tearing the progress bar."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
+
+
+def setup_device(config):
+    """Join the processes that torchrun started, log what runs where, and return this process's
+    (device, dtype of the network)."""
+    name, dtype = config.device, config.dtype
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device={config.device}: not on this machine ({reason})") from None
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not dist.is_initialized():
+        # gradients go over nccl, the few numbers that the host needs over gloo
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if dtype == "auto":
+        ampere = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype = "bfloat16" if ampere else "float16" if cuda else "float32"
+    git = ["git", "-C", os.path.dirname(__file__) or ".", "describe", "--always", "--dirty"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
+    log(f"commit {(commit or 'unknown').strip()}, torch {torch.__version__}, python "
+        f"{platform.python_version()}, {world_size()} x "
+        f"{torch.cuda.get_device_name(device) if cuda else device}, {dtype}")
+    return device, getattr(torch, dtype)
+
+
+def stream(*key):
+    """A 64-bit seed from a few integers such as (seed, epoch, index): the same everywhere."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def cosine(step, steps, warmup, peak, end):
+    """Linear warm-up to `peak` over `warmup` steps, then a cosine to `end` at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def run_length(config, count):
+    """(steps of the run, steps an epoch, steps of warm-up) on `count` training images."""
+    for name in ("batch_size", "micro_batch", "epochs", "lr", "image_size", "patch_size"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name}={getattr(config, name)}: give a number above 0")
+    if not world_size() <= config.batch_size <= count:
+        raise ValueError(f"--batch_size={config.batch_size}: must be from {world_size()}, an image "
+                         f"a process, to {count}, the training images in --data={config.data}")
+    per_epoch = count // config.batch_size
+    steps = config.steps or round(config.epochs * per_epoch)
+    warmup = round(config.warmup_epochs * per_epoch)
+    if warmup >= steps:
+        raise ValueError(f"--warmup_epochs={config.warmup_epochs:g}: is {warmup} steps of a run of "
+                         f"{steps}; lower it or train longer")
+    return steps, per_epoch, warmup
+
+
+# Fields that do not change the result, so that a run may go on with other values
+FREE = "out device num_workers micro_batch compile resume log_every eval_every save_every"
+FREE = f"{FREE} tensorboard skip_bad_images query dry_run processes images_per_s".split()
+
+
+def claim_folder(config):
+    """Write OUT/config.json; raise ValueError if a run of another config is there."""
+    path = os.path.join(config.out, "config.json")
+    if config.resume == "auto" and os.path.exists(path):
+        with open(path) as file:
+            there = json.load(file)
+        differ = [k for k, v in asdict(config).items() if k not in FREE and there.get(k) != v]
+        if differ:
+            changes = (f"{k}: {there.get(k)!r} there, {getattr(config, k)!r} now" for k in differ)
+            raise ValueError(f"{config.out} holds a run of another config ({', '.join(changes)}); "
+                             "give another --out, or --resume=never to replace it")
+    if rank() == 0:
+        text = json.dumps(asdict(config), indent=1)
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(out, **state):
+    """Write OUT/checkpoint.pt from the first process; the one before it stays as previous.pt."""
+    if rank() == 0:
+        path, keep = (os.path.join(out, name) for name in ("checkpoint.pt", "previous.pt"))
+        write_atomically(path, lambda file: torch.save(state, file), keep)
+
+
+def load_checkpoint(out):
+    """What save_checkpoint wrote last and is undamaged, or None."""
+    for path in (os.path.join(out, name) for name in ("checkpoint.pt", "previous.pt")):
+        try:
+            # torch.load does not look at the checksums, so a flipped bit would go unnoticed
+            if os.path.exists(path) and (bad := zipfile.ZipFile(path).testzip()):
+                raise ValueError(f"wrong checksum of {bad}")
+            if os.path.exists(path):
+                return read_checkpoint(path)
+        except (ValueError, zipfile.BadZipFile) as error:
+            log(f"{path}: damaged ({error}); trying the one before it")
+    return None
+
+
+class Metrics:
+    """OUT/metrics.jsonl, a JSON object a line, and TensorBoard's files if asked for."""
+
+    def __init__(self, config, step):
+        """Keep what is there up to `step`: a resumed run writes the later lines again."""
+        self.path, self.board = os.path.join(config.out, "metrics.jsonl"), None
+        if rank() > 0:
+            return
+        kept = "".join(json.dumps(x) + "\n" for x in read_metrics(self.path) if x["step"] <= step)
+        write_atomically(self.path, lambda file: file.write(kept.encode()))
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard: first pip install tensorboard") from None
+            self.board = SummaryWriter(config.out, purge_step=step)
+
+    def write(self, line):
+        log(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        if rank() > 0:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items() if self.board else ():
+            self.board.add_scalar(name, value, line["step"])
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts, without a last one that a kill cut short."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("}\n")]
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+class Images:
+    """A list of images: `read` makes an RGB image of each key, which is a path or a number."""
+
+    def __init__(self, keys, read, source):
+        self.keys, self.read, self.source = keys, read, source
+
+    def __len__(self):
+        return len(self.keys)
+
+    def name(self, index):
+        key = self.keys[index]
+        return key if isinstance(key, str) else f"{self.source} image {key}"
+
+    def load(self, index):
+        try:
+            return self.read(self.keys[index])
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
+            raise ValueError(f"{self.name(index)}: cannot be read as an image ({error}); remove it "
+                             "or give --skip_bad_images") from error
+
+    def split(self, count):
+        """(`count` images taken evenly from the whole list, the rest)."""
+        taken = set(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist())
+        parts = [[], []]
+        for index, key in enumerate(self.keys):
+            parts[index not in taken].append(key)
+        return [Images(keys, self.read, self.source) for keys in parts]
+
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+
+
+def folder_images(folder):
+    """All images in a folder and below it, in the order of their paths."""
+    walk = os.walk(folder, followlinks=True)
+    paths = (os.path.join(where, name) for where, _, names in walk for name in names)
+    return Images(sorted(p for p in paths if p.lower().endswith(ENDINGS)), read_image, folder)
+
+
+def read_image(path):
+    """The picture in a file as 8-bit RGB, turned as its EXIF tag says."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def cifar_images(dataset, train):
+    """torchvision's CIFAR-10 or -100, downloaded once into torch's hub cache."""
+    root = os.path.join(torch.hub.get_dir(), "cifar")
+    try:
+        data = dataset(root, train=train, download=True).data  # (N, 32, 32, 3) uint8
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{dataset.__name__}: download failed ({error}); put its archive into "
+                         f"{root}, or give --data=FOLDER with the images as files") from error
+    read = functools.partial(from_array, data)
+    return Images(range(len(data)), read, dataset.__name__)
+
+
+def from_array(data, index):
+    return Image.fromarray(data[index])
+
+
+def polygon(angle, corners):
+    """The outline of a regular polygon: its radius at each angle."""
+    return 1 / np.cos(angle % (2 * np.pi / corners) - np.pi / corners)
+
+
+def plus(angle, arm=0.33):
+    """The outline of a plus sign whose arms are 2 * arm wide."""
+    folded = np.abs((angle + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+    return np.where(np.tan(folded) <= arm, 1 / np.cos(folded), arm / np.sin(folded.clip(1e-9)))
+
+
+# kind of shape -> its outline, as the radius at each angle; all are scaled to the same area
+OUTLINES = {
+    "disc": np.ones_like,
+    "oval": lambda t: 1 / np.hypot(np.cos(t), 2 * np.sin(t)),
+    "triangle": lambda t: polygon(t, 3),
+    "square": lambda t: polygon(t, 4),
+    "star": lambda t: 0.4 + 0.6 * np.abs(t * 5 / np.pi % 2 - 1),
+    "plus": plus,
+    "flower": lambda t: 1 + 0.35 * np.cos(5 * t),
+    "gear": lambda t: 1 + 0.2 * np.sign(np.cos(8 * t)),
+}
+RADII = [outline(np.arange(1024) * (2 * np.pi / 1024)) for outline in OUTLINES.values()]
+RADII = [(radius / np.sqrt((radius**2).mean())).astype(np.float32) for radius in RADII]
+
+
+def draw_shapes(size, seed, index):
+    """A large shape over a few small ones of any kind, on a textured ground.
+
+    Returns the image (size, size, 3) uint8, its class, which is the kind of the large shape, and
+    its label map (size, size) uint8, 0 the ground, kind + 1 a shape. Colours, textures, places,
+    sizes and turns are drawn alike for all kinds, and all have the same area: only the outline
+    tells them apart.
+    """
+    rng = np.random.default_rng([seed, index])
+    kinds = rng.integers(len(OUTLINES), size=rng.integers(3, 6))  # the last one is the large shape
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    ground = rng.random(3)
+    image, labels = texture(x / size, y / size, ground, rng), np.zeros((size, size), np.uint8)
+    for left, kind in reversed(list(enumerate(kinds[::-1]))):
+        radius = size * (rng.uniform(0.06, 0.12) if left else rng.uniform(0.18, 0.28))
+        centre = size * (rng.random(2) if left else rng.uniform(0.3, 0.7, 2))
+        first = np.maximum(centre - 1.6 * radius, 0).astype(int)  # no outline reaches beyond 1.56
+        end = (centre + 1.6 * radius + 2).astype(int)
+        box = (slice(first[0], end[0]), slice(first[1], end[1]))
+        dy, dx = y[box] - centre[0], x[box] - centre[1]
+        angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024) & 1023
+        inside = RADII[kind][angle] * radius - np.hypot(dy, dx)  # pixels to the outline
+        paint = (ground + rng.uniform(0.3, 0.7, 3)) % 1  # never the colour of the ground
+        paint = texture(x[box] / size, y[box] / size, paint, rng)
+        cover = (inside + 0.5).clip(0, 1)[..., None]  # soft over one pixel: no jagged edge
+        image[box] += cover * (paint - image[box])
+        labels[box][inside > 0] = kind + 1
+    return (image * 255).astype(np.uint8), int(kinds[-1]), labels
+
+
+def shapes_image(size, seed, index):
+    return Image.fromarray(draw_shapes(size, seed, index)[0])
+
+
+def texture(x, y, colour, rng):
+    """A plain, striped, checked or shaded surface around a colour: (*x.shape, 3) in [0, 1]."""
+    angle, other = rng.uniform(0, 2 * np.pi), (colour + rng.uniform(-0.25, 0.25, 3)).clip(0, 1)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    waves = 2 * np.pi * rng.uniform(3, 8)
+    mix = (
+        lambda: 0 * u,
+        lambda: 0.5 + 0.5 * np.sin(waves * u),
+        lambda: 0.5 + 0.5 * np.sign(np.sin(waves * u) * np.sin(waves * v)),
+        lambda: (0.5 + 0.5 * u).clip(0, 1),
+    )[rng.integers(4)]()
+    return (colour + mix[..., None] * (other - colour)).astype(np.float32)
+
+
+def open_images(config):
+    """(training images, held-out images) of --data."""
+    shapes = functools.partial(shapes_image, config.image_size)
+    built_in = {
+        "shapes": lambda train: Images(
+            range(20_000 if train else 2_000), functools.partial(shapes, int(train)), "shapes"
+        ),
+        "cifar10": lambda train: cifar_images(CIFAR10, train),
+        "cifar100": lambda train: cifar_images(CIFAR100, train),
+    }
+    if config.data in built_in:
+        train, val = built_in[config.data](True), built_in[config.data](False)
+    elif not os.path.isdir(config.data):
+        raise ValueError(f"--data={config.data}: no such folder, and none of {', '.join(built_in)}")
+    elif os.path.isdir(os.path.join(config.data, "train")):
+        train, val = (folder_images(os.path.join(config.data, p)) for p in ("train", "val"))
+    else:
+        train, val = folder_images(config.data), []
+    if len(val):
+        val = val.split(config.val_images)[0]
+    else:  # no val/: hold out at most a tenth
+        val, train = train.split(min(config.val_images, max(1, len(train) // 10)))
+    if not len(train):
+        raise ValueError(f"--data={config.data}: holds no two images ({' '.join(ENDINGS)})")
+    return train, val
+
+
+# name -> mask of a (grid, grid) image of which `count` patches are to be hidden
+MASKS = {
+    "block": lambda grid, count, least, rng: blockwise_mask(grid, grid, count, least, rng=rng),
+    "random": lambda grid, count, least, rng: random_mask(grid, grid, count, rng),
+    "none": lambda grid, count, least, rng: np.zeros((grid, grid), dtype=bool),
+}
+
+
+class Views(Dataset):
+    """What a step sees of an image: the patch view, the token view and the mask (sec. 2.5).
+
+    dataset[epoch, index] is a dict of `images` (3, image_size, image_size) and `token_images`
+    (3, token_size, token_size), uint8 of one crop, flip and jitter, of `mask` (grid, grid) bool,
+    True = hidden, and of `skipped`, how many unreadable images were passed over. All of it is a
+    function of (seed, epoch, index). Held-out images are cropped in the middle, no more.
+    """
+
+    def __init__(self, images, config, token_size, train):
+        self.images, self.config = images, config
+        self.grid = config.image_size // config.patch_size
+        self.count = round(config.mask_ratio * self.grid**2)
+        mode = transforms.InterpolationMode
+        self.views = {"images": self.transform(config.image_size, mode.BICUBIC, train)}
+        if token_size != config.image_size:
+            self.views["token_images"] = self.transform(token_size, mode.LANCZOS, train)
+
+    def transform(self, size, mode, train):
+        if not train:
+            resize = transforms.Resize(round(size * 8 / 7), mode)  # the usual 256 for 224
+            return transforms.Compose([resize, transforms.CenterCrop(size)])
+        # cropped first, so that flip and jitter work on fewer pixels than in the official code
+        scale, jitter = (self.config.crop_min, 1.0), self.config.jitter
+        crop = transforms.RandomResizedCrop(size, scale, interpolation=mode)
+        flip = transforms.RandomHorizontalFlip()
+        return transforms.Compose([crop, flip, transforms.ColorJitter(jitter, jitter, jitter)])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, skipped = self.load(index)
+        sample = {"skipped": skipped}
+        for name, transform in self.views.items():
+            # the same seed for both views: the transforms draw the same crop, flip and jitter
+            torch.default_generator.manual_seed(stream(self.config.seed, epoch, index))
+            sample[name] = pil_to_tensor(transform(image))
+        sample.setdefault("token_images", sample["images"])
+        rng = np.random.default_rng([self.config.seed, epoch, index])
+        mask = MASKS[self.config.mask](self.grid, self.count, self.config.min_block, rng)
+        sample["mask"] = torch.from_numpy(mask)
+        return sample
+
+    def load(self, index):
+        """(image, how many unreadable ones were passed over to find it)."""
+        for skipped in range(len(self.images)):
+            try:
+                return self.images.load((index + skipped) % len(self.images)), skipped
+            except ValueError:
+                if not self.config.skip_bad_images:
+                    raise
+        raise ValueError(f"--data={self.config.data}: no image in it can be read")
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
+
+
+def batch_of_step(step, count, config):
+    """The (epoch, index) pairs of a step's whole batch: the next part of the epoch's permutation.
+    The last, incomplete part of an epoch is left out, as in the official code."""
+    epoch, part = divmod(step, count // config.batch_size)
+    order = permutation(count, config.seed, epoch)
+    return [(epoch, i) for i in order[part * config.batch_size : (part + 1) * config.batch_size]]
+
+
+def share(items):
+    """This process's part of a list: consecutive, and as even as it goes."""
+    return items[rank() * len(items) // world_size() : (rank() + 1) * len(items) // world_size()]
+
+
+def loader(dataset, batches, workers, device):
+    """The batches of `dataset` that `batches` lists by their keys, in that order."""
+    pin = device.type == "cuda"
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+                      worker_init_fn=leave_sigterm_to_the_loop)
+
+
+def leave_sigterm_to_the_loop(worker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to every process at once
+
+
+def micro_batches(batch, size):
+    """Split a batch, a dict of tensors with a row an image, into parts of at most `size` images."""
+    for first in range(0, len(batch["mask"]), size):
+        yield {name: value[first : first + size] for name, value in batch.items()}
+
+
+def to_device(batch, device, progress):
+    """The batch with its images on the device, and how far the run is. The mask stays on the CPU,
+    where asking for its places makes no GPU wait."""
+    names = ("images", "token_images")
+    moved = {name: batch[name].to(device, non_blocking=True) for name in names}
+    return {**batch, **moved, "progress": progress}
+
+
+# ---- objectives ----------------------------------------------------------------------------------
+# An objective is a module whose forward takes a batch and returns (loss, metrics), means over what
+# its `weight` counts, from which the loop makes the mean over all micro-batches and processes. Its
+# `model` is what is saved under the official names. A new one is a class and a line in OBJECTIVES.
+
+
+def pixels(images):
+    """uint8 -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def normalise(images):
+    """uint8 (B, 3, H, W) -> what the ViT sees: ImageNet's mean and standard deviation taken out."""
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)
+    return (pixels(images) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def token_frequency(tokens, vocab_size):
+    """The share of each token, (vocab_size,): a mean over tokens, like any other metric."""
+    return torch.bincount(tokens.flatten(), minlength=vocab_size) / tokens.numel()
+
+
+def token_baselines(frequency):
+    """What one reaches knowing only how frequent each token is: the loss (their entropy, in nats)
+    and the accuracy (always the most frequent); and the share of the vocabulary that occurs."""
+    seen = frequency[frequency > 0]
+    entropy, used = -(seen * np.log(seen)).sum(), len(seen) / len(frequency)
+    return {"unigram_entropy": entropy, "most_frequent": seen.max(), "vocab_used": used}
+
+
+def vit_config(config):
+    sizes = dict(image_size=config.image_size, patch_size=config.patch_size)
+    return ViTConfig.named(config.size, config.variant, drop_path=config.drop_path, **sizes)
+
+
+class MaskedImageModelling(nn.Module):
+    """The paper's objective: cross entropy of the hidden patches' visual tokens (eq. 2)."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        if config.mask == "none" and config.predict == "masked":
+            raise ValueError("--mask=none hides nothing to predict: give --predict=all with it")
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode  # frozen: not a submodule
+        self.model, self.predict = BEiT(vit_config(config), tokenizer.vocab_size), config.predict
+        self.token_size = self.model.config.grid * tokenizer.downsample
+
+    def places(self, batch):
+        """(B, h, w) bool, on the CPU: the patches whose tokens are to be predicted."""
+        return torch.ones_like(batch["mask"]) if self.predict == "all" else batch["mask"]
+
+    def weight(self, batch):
+        return int(self.places(batch).sum())
+
+    def forward(self, batch):
+        places = self.places(batch)
+        tokens = self.encode(pixels(batch["token_images"]))  # (B, h, w)
+        index = places.flatten().nonzero().squeeze(1).to(tokens.device, non_blocking=True)
+        targets = tokens.flatten()[index]  # (predicted patches,)
+        logits = self.model(normalise(batch["images"]), batch["mask"], places)
+        metrics = {"accuracy": (logits.argmax(dim=1) == targets).float().mean()}
+        if not self.training:
+            metrics["token_frequency"] = token_frequency(targets, logits.shape[1])
+        return F.cross_entropy(logits.float(), targets), metrics
+
+    @torch.no_grad()
+    def pictures(self, batch):
+        """Columns of images (B, 3, H, W) in [0, 1], by their titles."""
+        images, mask = pixels(batch["images"]), batch["mask"].to(batch["images"].device)
+        tokens = self.encode(pixels(batch["token_images"]))
+        logits = self.model(normalise(batch["images"]), mask, torch.ones_like(mask))
+        filled = torch.where(mask, logits.argmax(dim=1).view_as(tokens), tokens)
+        hidden = F.interpolate(mask[:, None].float(), size=images.shape[2:])
+        columns = {"image": images, "masked": images * (1 - hidden) + 0.5 * hidden}
+        for title, shown in (("tokenizer", tokens), ("BEiT", filled)):
+            columns[title] = F.interpolate(self.decode(shown), size=images.shape[2:])
+        return columns
+
+
+class TokenizerTraining(nn.Module):
+    """Our own dVAE (app. C): reconstruct images through Gumbel-softmax tokens."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        arch = DVAEConfig(config.vocab_size, config.downsample, config.dvae_dim)
+        self.model, self.kl_weight = DVAE(arch), config.kl_weight
+        self.token_size = config.image_size // config.patch_size * config.downsample
+
+    def weight(self, batch):
+        return len(batch["token_images"])
+
+    def forward(self, batch):
+        images = pixels(batch["token_images"])
+        # DALL-E's annealing, from 1 to 1/16, over the first three quarters of the run
+        temperature = cosine(min(batch["progress"] / 0.75, 1), 1, 0, 1.0, 1 / 16)
+        loss, metrics = self.model.loss(images, temperature, self.kl_weight)
+        if not self.training:
+            tokens = self.model.encode(images)
+            # mean absolute error of normalised RGB, in which appendix C reports 0.0880
+            metrics["mae"] = 2 * (self.model.decode(tokens) - images).abs().mean()
+            metrics["token_frequency"] = token_frequency(tokens, self.model.vocab_size)
+        return loss, metrics
+
+    @torch.no_grad()
+    def pictures(self, batch):
+        images = pixels(batch["token_images"])
+        return {"image": images, "tokenizer": self.model.decode(self.model.encode(images))}
+
+
+OBJECTIVES = {"mim": MaskedImageModelling, "tokenizer": TokenizerTraining}
+
+
+# ---- evaluation and pictures ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(objective, dataset, config, device, dtype, progress):
+    """Means over the held-out images, each counted once whatever the number of processes: val_*."""
+    objective.eval()
+    torch.manual_seed(stream(config.seed, rank()))  # for the noise in a dVAE's loss
+    keys = share([(0, index) for index in range(len(dataset))])
+    batches = [keys[i : i + config.micro_batch] for i in range(0, len(keys), config.micro_batch)]
+    sums, total = {}, 0
+    for batch in loader(dataset, batches, config.num_workers, device):
+        weight = objective.weight(batch)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss, metrics = objective(to_device(batch, device, progress))
+        for name, value in {"loss": loss, **metrics}.items():
+            sums[name] = sums.get(name, 0) + weight * value.flatten().double().cpu()
+        total += weight
+    objective.train()
+    total, *flat = all_sum(total, *torch.cat(list(sums.values())).tolist())
+    ends = np.cumsum([len(value) for value in sums.values()])
+    means = dict(zip(sums, np.split(np.array(flat) / total, ends[:-1]), strict=True))
+    if "token_frequency" in means:
+        means |= token_baselines(means.pop("token_frequency"))
+    return {f"val_{name}": float(np.squeeze(value)) for name, value in means.items()}
+
+
+def draw_reconstructions(objective, dataset, config, device):
+    """OUT/reconstruction.png: what the objective makes of the first held-out images."""
+    keys = [(0, index) for index in range(min(8, len(dataset)))]
+    batch = next(iter(loader(dataset, [keys], 0, device)))
+    objective.eval()
+    columns = objective.pictures(to_device(batch, device, 1.0))
+    objective.train()
+    save_columns(os.path.join(config.out, "reconstruction.png"), columns)
+
+
+def save_columns(path, columns):
+    """Write a PNG with a titled column for each entry of {title: images (B, 3, H, W) in [0, 1]}."""
+    images = torch.stack([column.float().cpu() for column in columns.values()], dim=1).flatten(0, 1)
+    scale = max(1, 128 // images.shape[3])  # tiny images are shown larger
+    images = F.interpolate(images.clamp(0, 1), scale_factor=scale)
+    grid = make_grid(images, nrow=len(columns), padding=4, pad_value=1.0)
+    picture = ImageOps.expand(to_pil_image(grid), border=(0, 14, 0, 0), fill="white")
+    for number, title in enumerate(columns):
+        place = (4 + number * (images.shape[3] + 4), 2)
+        ImageDraw.Draw(picture).text(place, title, fill="black")
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
+
+
+def attention(config):
+    """Draw section 3.4's maps: what each head of the last block looks at from one patch."""
+    if not config.weights:
+        raise ValueError("--task=attention: give --weights=FILE, a checkpoint.pt of --task=mim")
+    device, _ = setup_device(config)
+    arch = read_checkpoint(config.weights).get("arch")
+    model = ViT(ViTConfig(**arch) if arch else vit_config(config))
+    log(load_weights(model, config.weights))
+    model.to(device).eval()
+    size, patch, grid = model.config.image_size, model.config.patch_size, model.config.grid
+    row, column = grid // 2, grid // 2
+    if config.query:
+        places = re.fullmatch(r"(\d+),(\d+)", config.query)
+        row, column = map(int, places.groups()) if places else (grid, grid)
+        if max(row, column) >= grid:
+            raise ValueError(f"--query={config.query}: give row,column, each from 0 to {grid - 1}")
+    config = replace(config, image_size=size, patch_size=patch, mask="none", val_images=8)
+    if os.path.isfile(config.data):
+        images = Images([config.data], read_image, config.data)
+    else:
+        images = open_images(config)[1]
+    dataset = Views(images, config, size, train=False)
+    glow = torch.tensor([1.0, 0.8, 0.2], device=device).view(3, 1, 1)
+    frame = torch.zeros(size, size, dtype=torch.bool, device=device)
+    frame[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = True
+    inner = slice(row * patch + 1, (row + 1) * patch - 1)
+    frame[inner, column * patch + 1 : (column + 1) * patch - 1] = False
+    for index in range(len(dataset)):
+        image = dataset[0, index]["images"][None].to(device)
+        with torch.no_grad():
+            weights = model.attention(normalise(image))[0, :, 1 + row * grid + column, 1:]
+        heat = weights.view(-1, 1, grid, grid)  # (heads, 1, grid, grid)
+        heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=size)
+        shown = torch.cat([pixels(image), 0.35 * pixels(image) + 0.65 * heat * glow])
+        shown[:, :, frame] = torch.tensor([1.0, 0.0, 0.0], device=device).view(3, 1)
+        titles = ["query", *(f"head {number}" for number in range(len(heat)))]
+        stem = re.sub(r"\W+", "_", os.path.splitext(os.path.basename(images.name(index)))[0])
+        path = os.path.join(config.out, f"attention_{stem}.png")
+        save_columns(path, {t: picture[None] for t, picture in zip(titles, shown, strict=True)})
+        log("wrote", path)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def tokenizer_spec(config):
+    """--tokenizer=dvae alone is the one in OUT/tokenizer, which main trains first."""
+    own = os.path.join(config.out, "tokenizer", "checkpoint.pt")
+    return f"dvae:{own}" if config.tokenizer == "dvae" else config.tokenizer
+
+
+def train(config):
+    """One run of one objective, from its checkpoint if there is one. Returns whether it is done."""
+    device, dtype = setup_device(config)
+    train_images, val_images = open_images(config)
+    steps, per_epoch, warmup = run_length(config, len(train_images))
+    if len(val_images) < world_size():
+        raise ValueError(f"--data={config.data}: {len(val_images)} held-out images are too few")
+
+    tokenizer = None
+    if config.task == "mim":
+        for turn in (True, False):  # one process of a machine downloads, the others find the file
+            if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+                tokenizer = build_tokenizer(tokenizer_spec(config), device)
+            all_sum(0)
+    torch.manual_seed(config.seed)
+    objective = OBJECTIVES[config.task](config, tokenizer).to(device)
+    if config.weights:
+        log(load_weights(objective.model, config.weights))
+    dataset = Views(train_images, config, objective.token_size, train=True)
+    val_dataset = Views(val_images, config, objective.token_size, train=False)
+    claim_folder(config)
+    groups = param_groups(objective.model, config.lr, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start, state = 0, load_checkpoint(config.out) if config.resume == "auto" else None
+    if state:
+        objective.load_state_dict(state["objective"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start = state["step"]
+    size = sum(parameter.numel() for parameter in objective.parameters())
+    log(f"{config.task} into {config.out}: step {start} of {steps}, {per_epoch} an epoch, warm-up "
+        f"{warmup}; {size:,} parameters; {len(dataset):,} images, {len(val_dataset):,} held out")
+    if start == steps:
+        return True
+    if config.compile:
+        for block in getattr(objective.model, "blocks", ()):
+            block.attn.compile()
+            block.mlp.compile()
+    model = objective
+    if world_size() > 1:  # without device_ids, which would move the masks to the GPU
+        model = DistributedDataParallel(objective, broadcast_buffers=False)
+
+    def save(step):
+        state = dict(objective=objective.state_dict(), optimizer=optimizer.state_dict())
+        state |= dict(scaler=scaler.state_dict(), step=step, config=asdict(config))
+        # the network again under its official names, for load_weights; it shares the storage
+        state |= dict(model=objective.model.state_dict(), arch=asdict(objective.model.config))
+        save_checkpoint(config.out, **state)
+
+    output, stopping = Metrics(config, start), []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))  # a cluster's preemption
+    batches = (share(batch_of_step(s, len(dataset), config)) for s in range(start, steps))
+    batches = loader(dataset, batches, config.num_workers, device)
+    bar = tqdm(total=steps, initial=start, disable=rank() > 0 or not sys.stderr.isatty())
+    intervals = (config.log_every, config.eval_every, config.save_every)
+    history = []  # [loss, metrics, gradient norm] of each step since the host last read them
+    done, since, clock, skipped, bad_images = start, start, time.time(), 0, 0
+
+    for step, batch in enumerate(batches, start):
+        weight, stop = all_sum(objective.weight(batch), len(stopping))
+        if stop:
+            break
+        lr = cosine(step, steps, warmup, config.lr, config.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        torch.manual_seed(stream(config.seed, step, rank()))  # for stochastic depth and noise
+        row, parts = 0, list(micro_batches(batch, config.micro_batch))
+        for number, part in enumerate(parts, 1):
+            part_share = objective.weight(part) / weight
+            sync = number == len(parts) or world_size() == 1
+            with nullcontext() if sync else model.no_sync():
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss, metrics = model(to_device(part, device, step / steps))
+                # DDP takes the mean over the processes; the loss is the mean over the whole batch
+                scaler.scale(loss * part_share * world_size()).backward()
+            row = row + part_share * torch.stack([loss.detach(), *metrics.values()])
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        bar.update()
+        done, bad_images = step + 1, bad_images + int(batch["skipped"].sum())
+        history.append(torch.cat([row, norm.view(1) / world_size()]))
+        due = [(every > 0 and done % every == 0) or done == steps for every in intervals]
+        if not any(due):
+            continue
+        rows = read_history(history, step, train_images, config)  # here the host waits for the GPU
+        skipped += int((~np.isfinite(rows[:, -1])).sum())  # steps that float16's scaler left out
+        line = {"step": done, "epoch": round(done / per_epoch, 4)}
+        if due[0]:
+            names = ["loss", *metrics, "grad_norm"]
+            line |= dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
+            line["images_per_s"] = (done - since) * config.batch_size / (time.time() - clock)
+            line |= {"skipped_steps": skipped} if dtype == torch.float16 else {}
+            line |= {"bad_images": all_sum(bad_images)[0]} if config.skip_bad_images else {}
+        if due[1]:
+            line |= evaluate(objective, val_dataset, config, device, dtype, done / steps)
+            if rank() == 0:
+                draw_reconstructions(objective, val_dataset, config, device)
+        if due[0] or due[1]:
+            output.write(line)
+        if due[2]:
+            save(done)
+        since, clock = done, time.time()
+
+    bar.close()
+    if done < steps:
+        read_history(history, done - 1, train_images, config)
+        save(done)
+        log(f"SIGTERM: saved step {done}; the same command goes on from there")
+    return done == steps
+
+
+def read_history(history, step, images, config):
+    """The global [loss, metrics, gradient norm] of the steps up to `step`, (steps, columns).
+    Empties `history`. Raises FloatingPointError at the first loss that is not finite."""
+    if not history:
+        return None
+    rows = torch.stack(history).cpu()
+    rows = np.array(all_sum(*rows.flatten().tolist())).reshape(rows.shape)
+    for number, row in enumerate(rows, step + 1 - len(rows)):
+        if not np.isfinite(row[0]):
+            files = (images.name(i) for _, i in batch_of_step(number, len(images), config))
+            raise FloatingPointError(
+                f"the loss of step {number + 1} is {row[0]}; the last checkpoint is untouched. "
+                f"Lower --lr, or look at the images of its batch: {', '.join(files)}"
+            )
+    history.clear()
+    return rows
+
+
+def plan(config):
+    """Print what a run takes: steps, accumulation, parameters, compute, memory and days."""
+    device, dtype = setup_device(config)
+    count = {"shapes": 20_000, "cifar10": 50_000, "cifar100": 50_000}.get(config.data, 1_281_167)
+    if os.path.isdir(config.data):
+        count = len(open_images(config)[0])
+    steps, per_epoch, warmup = run_length(config, count)
+    tokenizer = load_dalle(None, device)
+    if config.tokenizer.startswith("dvae"):
+        tokenizer = DVAE(DVAEConfig(config.vocab_size, config.downsample, config.dvae_dim))
+    torch.manual_seed(config.seed)
+    objective = OBJECTIVES[config.task](config, tokenizer.to(device)).to(device)
+    processes = config.processes or world_size()
+    local = -(-config.batch_size // processes)  # images of a step in one process, rounded up
+    micro = min(local, config.micro_batch)
+    trial = micro if device.type == "cuda" else 2  # images to measure with
+    images = Images(range(trial), functools.partial(shapes_image, config.image_size, 0), "shapes")
+    dataset = Views(images, config, objective.token_size, train=True)
+    batch = next(iter(loader(dataset, [[(0, index) for index in range(trial)]], 0, device)))
+
+    def step(images):
+        """Forward and backward; returns the bytes that the forward pass keeps for the backward."""
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        part = next(micro_batches(batch, images))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss, _ = objective(to_device(part, device, 0.0))
+        loss.backward()
+        loss.item()  # waits for the GPU
+        return sum(kept.values())
+
+    objective.eval()  # without stochastic depth, which saves 5%
+    half = trial // 2 or 1
+    activations = (step(trial) - step(half)) / (trial - half or 1)  # the rest is weights
+    with FlopCounterMode(display=False) as counter:
+        step(half)
+    clock = time.time()
+    step(trial)
+    speed = config.images_per_s or trial / (time.time() - clock)
+    flops = counter.get_total_flops() / half
+    weights = 16 * sum(parameter.numel() for parameter in objective.parameters())
+    days = steps * config.batch_size / (speed * processes) / 86_400
+    log(f"""images      {count:,} in {config.data}
+steps       {steps:,} of {config.batch_size:,} images, {per_epoch:,} an epoch, {warmup:,} of warm-up
+a step      {processes} processes x {-(-local // micro)} micro-batches x {micro} images
+parameters  {weights // 16:,}
+compute     {flops / 1e9:,.1f} GFLOP an image with its tokens and the backward pass, \
+{flops * config.batch_size / 1e12:,.1f} TFLOP a step
+memory      {(weights + micro * activations) / 2**30:,.1f} GiB a process: \
+{weights / 2**30:,.1f} of weights, gradients and AdamW, \
+{activations / 2**20:,.0f} MiB an image of activations in {dtype}
+speed       {speed:,.1f} images/s a process, {"given" if config.images_per_s else "measured now"}
+time        {days:,.2f} days on {processes} processes""")
+
+
+def main(argv=None):
+    config = parse_args(Config, PRESETS, argv, __doc__)
+    if config.dry_run:
+        return plan(config)
+    if config.task == "attention":
+        return attention(config)
+    if config.task == "mim" and config.tokenizer == "dvae":
+        out = os.path.join(config.out, "tokenizer")
+        first = dict(task="tokenizer", out=out, steps=config.tokenizer_steps, weights="")
+        if not train(replace(config, **first)):
+            return None  # stopped by SIGTERM
+    return train(config)
+
+
+if __name__ == "__main__":
+    run(main)
