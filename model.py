@@ -219,7 +219,7 @@ class ViT(nn.Module):
             )
         if config.position == "shared_relative":
             self.rel_pos_bias = RelativePositionBias(config)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * l / max(1, config.depth - 1) for l in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -188,6 +189,9 @@ def run(main):
         fail(last.removeprefix("ValueError: "), 2)
     except FloatingPointError as error:
         fail(error, 1)
+    finally:  # loader processes do not heed SIGTERM, so Python would wait for them for ever
+        for process in multiprocessing.active_children():
+            process.kill()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -283,7 +287,8 @@ FREE = f"{FREE} tensorboard skip_bad_images query dry_run processes images_per_s
 def claim_folder(config):
     """Write OUT/config.json; raise ValueError if a run of another config is there."""
     path = os.path.join(config.out, "config.json")
-    if config.resume == "auto" and os.path.exists(path):
+    started = os.path.exists(path) and os.path.exists(os.path.join(config.out, "checkpoint.pt"))
+    if config.resume == "auto" and started:
         with open(path) as file:
             there = json.load(file)
         differ = [k for k, v in asdict(config).items() if k not in FREE and there.get(k) != v]
@@ -304,16 +309,19 @@ def save_checkpoint(out, **state):
 
 
 def load_checkpoint(out):
-    """What save_checkpoint wrote last and is undamaged, or None."""
-    for path in (os.path.join(out, name) for name in ("checkpoint.pt", "previous.pt")):
+    """What save_checkpoint wrote last, or before that if that file is damaged; None if it never did."""
+    paths = [os.path.join(out, name) for name in ("checkpoint.pt", "previous.pt")]
+    paths = [path for path in paths if os.path.exists(path)]
+    for path in paths:
         try:
             # torch.load does not look at the checksums, so a flipped bit would go unnoticed
-            if os.path.exists(path) and (bad := zipfile.ZipFile(path).testzip()):
+            if bad := zipfile.ZipFile(path).testzip():
                 raise ValueError(f"wrong checksum of {bad}")
-            if os.path.exists(path):
-                return read_checkpoint(path)
+            return read_checkpoint(path)
         except (ValueError, zipfile.BadZipFile) as error:
             log(f"{path}: damaged ({error}); trying the one before it")
+    if paths:
+        raise ValueError(f"{' and '.join(paths)}: damaged; --resume=never starts the run over")
     return None
 
 
@@ -606,11 +614,11 @@ def loader(dataset, batches, workers, device):
     """The batches of `dataset` that `batches` lists by their keys, in that order."""
     pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                      worker_init_fn=leave_sigterm_to_the_loop)
+                      worker_init_fn=ignore_sigterm)
 
 
-def leave_sigterm_to_the_loop(worker):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to every process at once
+def ignore_sigterm(worker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all; the loop handles it
 
 
 def micro_batches(batch, size):

@@ -1,0 +1,983 @@
+"""Tests: behaviour, with numbers from elsewhere (numpy, other implementations, the paper's tables).
+
+    python -m pytest test_all.py
+
+timm and transformers are compared with where they are installed. No network and no GPU are needed.
+"""
+
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import pretrain
+from masking import blockwise_mask, random_mask
+from model import BEiT, ViT, ViTConfig, export_weights, load_weights, param_groups
+from tokenizer import DVAE, DVAEConfig, build_tokenizer, read_checkpoint
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOY = (
+    "--preset=shapes --image_size=32 --patch_size=4 --downsample=2 --vocab_size=32 --dvae_dim=8 "
+    "--tokenizer_steps=2 --steps=6 --batch_size=8 --warmup_epochs=0 --val_images=8 --num_workers=0 "
+    "--log_every=1 --eval_every=0 --save_every=2"
+).split()
+KILLS = int(os.environ.get("KILLS", 3))  # how often the kill test kills; 20 takes some minutes
+
+
+def python(*words, processes=1, check=True, **options):
+    """Run a script of this repository as a user would; returns the finished process."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    options = dict(capture_output=True, text=True, cwd=HERE, timeout=300) | options
+    done = subprocess.run([*launch, *map(str, words)], **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def toy(out, *words):
+    """A toy run in this process."""
+    pretrain.main([*TOY, f"--out={out}", *map(str, words)])
+    return pretrain.read_metrics(f"{out}/metrics.jsonl")
+
+
+def error_of(capsys, *words):
+    """The one line that a command with bad input prints; its exit code must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        pretrain.run(lambda: pretrain.main(list(map(str, words))))
+    assert stop.value.code == 2
+    text = capsys.readouterr().err.strip()
+    assert text.startswith("error: ") and "\n" not in text, text
+    return text
+
+
+def same_weights(a, b):
+    a, b = (read_checkpoint(f"{out}/checkpoint.pt")["model"] for out in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="session")
+def dvae(tmp_path_factory):
+    """The path of a toy dVAE."""
+    out = tmp_path_factory.mktemp("dvae")
+    toy(out, "--task=tokenizer", "--steps=20")
+    return f"{out}/checkpoint.pt"
+
+
+@pytest.fixture(scope="session")
+def dalle(tmp_path_factory):
+    """A folder with full-size DALL-E modules of random weights, pickled as OpenAI's files are, and the
+    modules. The official files predate an attribute of nn.Upsample, so it is taken out."""
+    import dall_e
+
+    folder = tmp_path_factory.mktemp("dalle")
+    torch.manual_seed(0)
+    modules = dall_e.Encoder(), dall_e.Decoder()
+    for name, module in zip(("encoder", "decoder"), modules):
+        lacking = [m for m in module.modules() if isinstance(m, torch.nn.Upsample)]
+        for upsample in lacking:
+            del upsample.recompute_scale_factor
+        torch.save(module, folder / f"{name}.pkl")
+        for upsample in lacking:
+            upsample.recompute_scale_factor = None
+    return folder, *modules
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def test_blockwise_masks_have_the_official_statistics():
+    rng = np.random.default_rng(0)
+    counts = np.array([blockwise_mask(14, 14, 75, rng=rng).sum() for _ in range(5000)])
+    assert abs(counts.mean() - 74.47) < 0.15  # recipe: mean 74.47, 66% exactly 75, smallest 65
+    assert abs((counts == 75).mean() - 0.66) < 0.025
+    assert counts.min() >= 62 and counts.max() == 75
+
+
+def test_blocks_are_rectangles_of_the_asked_size_and_aspect():
+    ratios = []
+    for seed in range(500):
+        rng = np.random.default_rng(seed)
+        square = blockwise_mask(14, 14, 36, min_block=36, min_aspect=1, rng=rng)
+        rows, columns = np.flatnonzero(square.any(1)), np.flatnonzero(square.any(0))
+        assert square.dtype == bool and square.shape == (14, 14) and square.sum() == 36
+        assert len(rows) == len(columns) == 6
+        mask = blockwise_mask(14, 14, 30, min_block=30, rng=rng)
+        h, w = mask.any(1).sum(), mask.any(0).sum()
+        if mask.sum() == h * w:  # one block, not one and a small rest
+            ratios.append(h / w)
+            assert h < 14 and w < 14
+    assert len(ratios) > 100 and 0.2 < min(ratios) < 0.5 and 2 < max(ratios) < 5
+    assert abs(np.log(ratios).mean()) < 0.2  # tall and wide alike
+    masks = [blockwise_mask(14, 14, 75, 16, 20, rng=np.random.default_rng(s)) for s in range(200)]
+    jumps = np.mean([(mask[1:] != mask[:-1]).sum() for mask in masks])
+    mixed = np.mean([(m[1:] != m[:-1]).sum() for m in (random_mask(14, 14, 75) for _ in range(200))])
+    assert jumps < mixed / 2
+
+
+@pytest.mark.parametrize(
+    "height, width, count, least",
+    [(2, 2, 2, 1), (3, 3, 4, 2), (4, 4, 6, 4), (8, 8, 26, 16), (7, 20, 50, 16), (32, 32, 400, 16)],
+)
+def test_masks_of_any_grid_are_never_empty(height, width, count, least):
+    for seed in range(200):
+        mask = blockwise_mask(height, width, count, least, rng=np.random.default_rng(seed))
+        assert 0 < mask.sum() <= count and mask.shape == (height, width)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((14, 14, 10), "min_block=16 with num_masked=10"),
+        ((4, 4, 15, 15), "no block of at least 15 patches fits a 4x4 grid"),
+        ((14, 14, 0), "hide at least 1 patch"),
+        ((14, 14, 197), "at most 195"),
+        ((14, 14, 75, 16, 10), "max_block=10 is below min_block=16"),
+        ((14, 14, 75, 16, None, 0), "min_aspect=0"),
+    ],
+)
+def test_a_mask_that_cannot_be_placed_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        blockwise_mask(*arguments)
+
+
+def test_random_masks():
+    masks = np.array([random_mask(6, 5, 12, np.random.default_rng(s)) for s in range(2000)])
+    assert masks.shape == (2000, 6, 5) and (masks.sum((1, 2)) == 12).all()
+    assert abs(masks.mean(0) - 0.4).max() < 0.05  # every place is as likely
+    with pytest.raises(ValueError, match="at most 30"):
+        random_mask(6, 5, 31)
+
+
+# ---- the network ---------------------------------------------------------------------------------
+
+
+def shake(model):
+    """Give every parameter a value that matters, tables and gains included."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter) * 0.03
+            parameter.copy_(noise + 1 if ("norm" in name and "weight" in name) else noise)
+            if "gamma" in name:
+                parameter.add_(0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("variant, count", [("released", 91_965_776), ("paper", 92_089_856)])
+def test_parameter_count_of_base(variant, count):
+    with torch.device("meta"):
+        model = BEiT(ViTConfig.named("base", variant), 8192)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_sizes_follow_table_11():
+    table = {"tiny": (12, 192, 3, 768), "small": (12, 384, 6, 1536), "base": (12, 768, 12, 3072)}
+    table["large"] = (24, 1024, 16, 4096)
+    for size, (layers, width, heads, mlp) in table.items():
+        with torch.device("meta"):
+            model = ViT(ViTConfig.named(size, "released"))
+        assert len(model.blocks) == layers and model.blocks[0].attn.heads == heads
+        assert model.blocks[0].mlp.fc1.weight.shape == (mlp, width)
+    assert model.config.layer_scale == 1e-5  # of large, and 0.1 of base
+    assert ViTConfig.named("base", "released").layer_scale == 0.1
+    with pytest.raises(ValueError, match="'huge' is none of nano, tiny, small, base, large"):
+        ViTConfig.named("huge")
+
+
+@pytest.mark.parametrize("variant", ["paper", "released", "relative"])
+def test_every_layer_equals_timms(variant):
+    beit = pytest.importorskip("timm.models.beit")
+    if variant == "relative":
+        config = ViTConfig.named("base", "released", position="relative")
+    else:
+        config = ViTConfig.named("base", variant)
+    ours = shake(ViT(config))
+    theirs = beit.Beit(
+        num_classes=0, global_pool="token", init_values=config.layer_scale or None,
+        use_abs_pos_emb=variant == "paper", use_rel_pos_bias=variant == "relative",
+        use_shared_rel_pos_bias=variant == "released",
+    ).eval()
+    missing = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert not missing.unexpected_keys and all("norm" in name for name in missing.missing_keys)
+    outputs = {ours: [], theirs: []}
+    for model, kept in outputs.items():
+        for block in model.blocks:
+            block.register_forward_hook(lambda m, i, output, kept=kept: kept.append(output))
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        ours(images), theirs.forward_features(images)
+    assert len(outputs[ours]) == 12
+    for a, b in zip(*outputs.values()):
+        assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
+
+
+OLD_NAMES = {  # ours -> the names in the files that transformers writes (recipe, section 3)
+    "cls_token": "beit.embeddings.cls_token", "mask_token": "beit.embeddings.mask_token",
+    "pos_embed": "beit.embeddings.position_embeddings",
+    "patch_embed.proj": "beit.embeddings.patch_embeddings.projection",
+    "rel_pos_bias": "beit.encoder.relative_position_bias",
+    "norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+    "gamma_1": "lambda_1", "gamma_2": "lambda_2",
+}
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_masked_logits_equal_transformers(variant, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    ours = shake(BEiT(ViTConfig.named("tiny", variant), 100))
+    theirs = {}
+    for name, value in ours.state_dict().items():
+        block = re.match(r"blocks\.(\d+)\.(.*)", name)
+        prefix = f"beit.encoder.layer.{block[1]}." if block else ""
+        name = block[2] if block else name
+        for a, b in OLD_NAMES.items():
+            if name == a or name.startswith(a + "."):
+                name = b + name[len(a):]
+                break
+        part = f"{prefix}attention.attention."
+        if name == "attn.qkv.weight":
+            for kind, third in zip(("query", "key", "value"), value.chunk(3)):
+                theirs[f"{part}{kind}.weight"] = third.clone()
+        elif name in ("attn.q_bias", "attn.v_bias"):
+            theirs[part + ("query" if "q_" in name else "value") + ".bias"] = value
+        else:
+            theirs[prefix + re.sub(r"^norm\.", "beit.layernorm.", name)] = value
+    released = variant == "released"
+    config = transformers.BeitConfig(
+        vocab_size=100, hidden_size=192, num_attention_heads=3, intermediate_size=768,
+        use_mask_token=True, use_absolute_position_embeddings=not released,
+        use_shared_relative_position_bias=released, layer_norm_eps=1e-6,
+        layer_scale_init_value=0.1 if released else 0.0,
+    )
+    config.save_pretrained(tmp_path)
+    reference = transformers.BeitForMaskedImageModeling(config)
+    names = [n for n in theirs if n.startswith("beit.layernorm")]
+    if not any(n.startswith("beit.layernorm") for n in reference.state_dict()):
+        for name in names:  # the masked model's final norm, outside its backbone
+            theirs[name.removeprefix("beit.")] = theirs.pop(name)
+    save_file(theirs, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reference, info = transformers.BeitForMaskedImageModeling.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"], info["missing_keys"]
+    images, mask = torch.randn(2, 3, 224, 224), torch.rand(2, 14, 14) < 0.4
+    with torch.no_grad():
+        expected = reference.eval()(images, bool_masked_pos=mask.flatten(1)).logits
+        assert (ours(images, mask) - expected[mask.flatten(1)]).abs().max() < 1e-4
+        everywhere = ours(images, mask, torch.ones_like(mask))
+    assert (everywhere - expected.flatten(0, 1)).abs().max() < 1e-4
+
+
+def test_relative_positions_are_counted_as_the_formula_says():
+    config = ViTConfig(image_size=12, patch_size=4, dim=8, depth=1, heads=2, position="relative")
+    model = ViT(config)
+    table = torch.arange(28 * 2.0).view(28, 2)  # (2 * 3 - 1) ** 2 + 3 rows
+    with torch.no_grad():
+        model.blocks[0].attn.relative_position_bias_table.copy_(table)
+    bias = model.position_bias(model.blocks[0].attn)
+    for head in range(2):
+        for a in range(9):
+            for b in range(9):
+                dy, dx = a // 3 - b // 3, a % 3 - b % 3
+                assert bias[head, 1 + a, 1 + b] == table[(dy + 2) * 5 + dx + 2, head]
+        assert (bias[head, 0, 1:] == table[25, head]).all()  # [CLS] to patches
+        assert (bias[head, 1:, 0] == table[26, head]).all() and bias[head, 0, 0] == table[27, head]
+
+
+def test_attention_weights_are_those_of_the_forward_pass():
+    for position in ("absolute", "relative", "shared_relative"):
+        config = ViTConfig(image_size=16, patch_size=4, dim=16, depth=2, heads=2, position=position)
+        model = shake(ViT(config))
+        kept = {}
+        last = model.blocks[-1].attn
+        last.register_forward_hook(lambda m, i, o: kept.update(input=i[0], output=o))
+        images = torch.randn(3, 3, 16, 16)
+        with torch.no_grad():
+            weights = model.attention(images).numpy()
+            model(images)
+        x = kept["input"].numpy()
+        value = x @ last.qkv.weight[32:].detach().numpy().T + last.v_bias.detach().numpy()
+        value = value.reshape(3, 17, 2, 8).transpose(0, 2, 1, 3)
+        mixed = (weights @ value).transpose(0, 2, 1, 3).reshape(3, 17, 16)
+        mixed = mixed @ last.proj.weight.detach().numpy().T + last.proj.bias.detach().numpy()
+        assert np.allclose(weights.sum(-1), 1, atol=1e-5)
+        assert np.allclose(mixed, kept["output"].numpy(), atol=1e-5)
+
+
+def test_the_init_is_the_papers():
+    torch.manual_seed(0)
+    model = BEiT(ViTConfig.named("small", "released"), 500)
+    state = model.state_dict()
+    assert (state["blocks.3.gamma_1"] == 0.1).all()
+    for name, value in state.items():
+        if name.endswith("bias") or name.endswith("bias_table"):
+            assert (value == 0).all(), name
+        elif "norm" in name:
+            assert (value == 1).all(), name
+        elif "gamma" not in name:
+            number = re.match(r"blocks\.(\d+)\.(attn\.proj|mlp\.fc2)\.weight", name)
+            scale = math.sqrt(2 * (int(number[1]) + 1)) if number else 1
+            assert value.abs().max() * scale <= 0.02 + 1e-6, name  # cut at one standard deviation
+            if value.numel() > 10_000:  # a normal cut at +-1 sigma has a deviation of 0.5396 sigma
+                assert abs(value.std() * scale / 0.02 - 0.5396) < 0.01, name
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    config = ViTConfig(image_size=8, patch_size=4, dim=8, depth=3, heads=2, drop_path=0.5)
+    model = shake(ViT(config))
+    assert [block.drop_path for block in model.blocks] == [0, 0.25, 0.5]  # linear in depth
+    block, x = model.blocks[2], torch.randn(4000, 5, 8)
+    with torch.no_grad():
+        full = block.attn(block.norm1(x))
+        block.train()
+        out = block.residual(x, None, lambda x: block.attn(block.norm1(x))) - x
+    kept = (out - 2 * full).abs().amax((1, 2)) < 1e-5  # divided by the rate of staying, 1/2
+    dropped = out.abs().amax((1, 2)) == 0
+    assert (kept | dropped).all() and abs(kept.float().mean() - 0.5) < 0.03
+
+
+def test_parameter_groups_follow_the_rule():
+    with torch.device("meta"):
+        model = BEiT(ViTConfig.named("base", "released", position="relative"), 50)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    seen = {}
+    for group in param_groups(model, 2.0, 0.05, layer_decay=0.65):
+        for parameter in group["params"]:
+            name = names.pop(parameter)
+            seen[name] = group["weight_decay"]
+            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else 13
+            if name.split(".")[0] in ("patch_embed", "cls_token", "mask_token"):
+                layer = 0
+            assert math.isclose(group["lr"], 2 * 0.65 ** (13 - layer)), name
+    assert not names  # each parameter is in one group
+    for name, decay in seen.items():
+        spared = name.endswith(("bias", "gamma_1", "gamma_2")) or "norm" in name
+        assert decay == (0 if spared or name in ("cls_token", "pos_embed") else 0.05), name
+
+
+# ---- weights in and out --------------------------------------------------------------------------
+
+
+def small(image_size=32, position="absolute", cls=BEiT, **changes):
+    config = dict(image_size=image_size, patch_size=4, dim=16, depth=2, heads=2, layer_scale=0.1)
+    config = ViTConfig(position=position, **(config | changes))
+    return shake(cls(config, 10) if cls is BEiT else cls(config))
+
+
+def test_weights_go_out_and_come_back(tmp_path):
+    model, other = small(), BEiT(small().config, 10)
+    export_weights(model, tmp_path / "w.pth")
+    report = load_weights(other, tmp_path / "w.pth")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert report.split("\n")[1:] == ["left out: none", "newly initialised: none"]
+    import argparse  # the official files hold their command line beside the weights
+
+    official = {"model": model.state_dict(), "args": argparse.Namespace(lr=1.0)}
+    torch.save(official, tmp_path / "official.pth")
+    backbone = small(cls=ViT)
+    report = load_weights(backbone, tmp_path / "official.pth")
+    assert "lm_head.weight" in report.split("\n")[1]
+
+
+def test_positions_are_resized_and_the_extra_rows_left(tmp_path):
+    old = small(32)  # 8 x 8 patches
+    with torch.no_grad():  # a ramp stays a ramp away from the border
+        ramp = torch.arange(8.0)[:, None].expand(8, 8)
+        old.pos_embed[0, 1:] = ramp.reshape(64, 1).expand(64, 16)
+    export_weights(old, tmp_path / "a.pth")
+    new = small(48)  # 12 x 12
+    load_weights(new, tmp_path / "a.pth")
+    assert torch.equal(new.pos_embed[0, 0], old.pos_embed[0, 0])
+    rows = new.pos_embed[0, 1:].view(12, 12, 16)[:, 5, 3].detach().numpy()
+    assert np.allclose(rows[3:9], (np.arange(12) + 0.5)[3:9] * 8 / 12 - 0.5, atol=0.06)
+
+    old = small(32, "shared_relative")
+    with torch.no_grad():
+        table = old.rel_pos_bias.relative_position_bias_table
+        offsets = torch.arange(-7.0, 8)
+        table[:225, 0] = (offsets[:, None] + 0 * offsets).flatten()  # the vertical offset
+    export_weights(old, tmp_path / "b.pth")
+    new = small(48, "relative")  # and one table for all layers becomes one for each
+    load_weights(new, tmp_path / "b.pth")
+    for block in new.blocks:
+        wide = block.attn.relative_position_bias_table.detach()
+        assert torch.equal(wide[-3:], table[-3:]) and wide.shape == (23 * 23 + 3, 2)
+        column = wide[:-3, 0].view(23, 23)[:, 11]
+        assert abs(column[11]) < 1e-5 and torch.allclose(column, -column.flip(0), atol=1e-5)
+        assert 0.6 < column[13] - column[12] < 0.7  # 15 offsets stretched over 23
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    export_weights(small(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"cls_token is \(1, 1, 16\) there and \(1, 1, 8\)"):
+        load_weights(small(dim=8), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="blocks.2.gamma_1 is not in it"):
+        load_weights(small(depth=3), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="no such file"):
+        load_weights(small(), tmp_path / "missing.pth")
+    (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="bad.pth: damaged"):
+        load_weights(small(), tmp_path / "bad.pth")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_file_runs_code(tmp_path, dalle):
+    target = tmp_path / "owned"
+    for name in ("encoder.pkl", "decoder.pkl", "w.pth"):
+        torch.save({"model": Payload(target)}, tmp_path / name)
+    with pytest.raises(ValueError, match="w.pth: damaged"):
+        load_weights(small(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="encoder.pkl: damaged"):
+        build_tokenizer(f"dalle:{tmp_path}")
+    with pytest.raises(ValueError, match="w.pth: damaged"):
+        build_tokenizer(f"dvae:{tmp_path}/w.pth")
+    assert not target.exists()
+    for script in ("tokenizer.py", "model.py", "pretrain.py"):
+        source = open(os.path.join(HERE, script)).read()
+        assert source.count("torch.load(") == source.count("weights_only=True"), script
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+
+def test_dalle_reads_the_official_pickles(dalle):
+    folder, encoder, decoder = dalle
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == 53_786_240
+    tokenizer = build_tokenizer(f"dalle:{folder}")
+    assert (tokenizer.vocab_size, tokenizer.downsample) == (8192, 8)
+    images = torch.rand(2, 3, 16, 24)
+    with torch.no_grad():
+        tokens = encoder(images * 0.8 + 0.1).argmax(1)  # map_pixels, written out
+        codes = F.one_hot(tokens, 8192).permute(0, 3, 1, 2).float()
+        decoded = ((torch.sigmoid(decoder(codes)[:, :3]) - 0.1) / 0.8).clamp(0, 1)
+    assert torch.equal(tokenizer.encode(images), tokens) and tokens.shape == (2, 2, 3)
+    assert torch.allclose(tokenizer.decode(tokens), decoded, atol=1e-5)
+    assert decoded.shape == images.shape
+
+
+@pytest.mark.parametrize("downsample", [1, 2, 4, 8, 16])
+def test_our_dvae_has_any_downsampling(downsample):
+    model = DVAE(DVAEConfig(20, downsample, 8)).eval()
+    images = torch.rand(2, 3, 32, 48)
+    tokens = model.encode(images)
+    assert tokens.shape == (2, 32 // downsample, 48 // downsample) and tokens.dtype == torch.int64
+    decoded = model.decode(tokens)
+    assert decoded.shape == images.shape and 0 <= decoded.min() <= decoded.max() <= 1
+    with pytest.raises(ValueError, match="downsample=3 is no power of two"):
+        DVAEConfig(20, 3)
+
+
+def test_the_dvae_loss_is_the_formula():
+    torch.manual_seed(0)
+    model, images = DVAE(DVAEConfig(6, 4, 8)), torch.rand(2, 3, 8, 8)
+    torch.manual_seed(5)
+    loss, metrics = model.loss(images, 0.5, 0.3)
+    torch.manual_seed(5)
+    uniform = torch.rand(2, 6, 2, 2).double().numpy()
+    logits = model.logits(images).double().detach().numpy()
+    q = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    kl = (q * np.log(q * 6)).sum(1).mean()
+    relaxed = np.exp((logits - np.log(-np.log(uniform))) / 0.5)
+    relaxed /= relaxed.sum(1, keepdims=True)
+    codes = np.einsum("bvhw,vd->bdhw", relaxed, model.codebook.weight.double().detach().numpy())
+    output = model.decoder(torch.tensor(codes).float()).detach().double().numpy()
+    error = ((output - (2 * images.double().numpy() - 1)) ** 2).mean()
+    assert math.isclose(loss.item(), error + 0.3 * kl, rel_tol=1e-4)
+    assert math.isclose(metrics["kl"].item(), kl, rel_tol=1e-4)
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_image_file_becomes_upright_rgb(tmp_path):
+    ramp = np.linspace(0, 255, 20 * 30).reshape(20, 30).astype(np.uint8)
+    colour = np.stack([ramp, ramp[::-1], 255 - ramp], axis=2)
+    files = {
+        "grey.png": (Image.fromarray(ramp), ramp[..., None].repeat(3, 2)),
+        "deep.png": (Image.fromarray(ramp.astype(np.uint16) * 257), ramp[..., None].repeat(3, 2)),
+        "palette.png": (Image.fromarray(colour).quantize(256), colour),
+        "alpha.png": (Image.fromarray(colour).convert("RGBA"), colour),
+        "cmyk.tif": (Image.fromarray(colour).convert("CMYK"), colour),
+        "one_bit.png": (Image.fromarray(ramp).point(lambda v: 255 * (v > 99), "1"), None),
+    }
+    for name, (image, expected) in files.items():
+        image.save(tmp_path / name)
+        read = pretrain.read_image(tmp_path / name)
+        assert read.mode == "RGB" and read.size == (30, 20)
+        if expected is not None:
+            difference = np.abs(np.asarray(read).astype(int) - expected)
+            assert difference.mean() < (8 if name == "palette.png" else 2), name
+    turned = Image.fromarray(colour)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    read = np.asarray(pretrain.read_image(tmp_path / "turned.png"))
+    assert read.shape == (30, 20, 3) and np.array_equal(read, np.rot90(colour, -1))
+
+
+def make_folder(path, count=12, side=40):
+    """Image files in nested folders."""
+    for number in range(count):
+        place = path / f"class{number % 3}" / "deep"
+        place.mkdir(parents=True, exist_ok=True)
+        pretrain.shapes_image(side, 7, number).save(place / f"{number}.png")
+    return path
+
+
+def test_folders_are_searched_to_the_bottom_and_split(tmp_path):
+    config = pretrain.Config(data=str(make_folder(tmp_path / "flat", 30)))
+    train, val = pretrain.open_images(config)
+    assert len(train) == 27 and len(val) == 3  # a tenth is held out
+    assert not set(train.keys) & set(val.keys)
+    make_folder(tmp_path / "parts" / "train", 9), make_folder(tmp_path / "parts" / "val", 5)
+    train, val = pretrain.open_images(pretrain.Config(data=str(tmp_path / "parts")))
+    assert len(train) == 9 and len(val) == 5 and "/val/" in val.name(0)
+
+
+def test_both_views_are_the_same_picture(tmp_path):
+    config = pretrain.Config(image_size=64, patch_size=8, min_block=4)
+    ramp = np.add.outer(np.arange(90), 2 * np.arange(120)).clip(0, 255).astype(np.uint8)
+    images = pretrain.Images([0], lambda key: Image.fromarray(ramp).convert("RGB"), "ramp")
+    views = pretrain.Views(images, config, 32, train=True)
+    crops = set()
+    for epoch in range(20):
+        sample = views[epoch, 0]
+        assert sample["images"].shape == (3, 64, 64) and sample["token_images"].shape == (3, 32, 32)
+        assert sample["mask"].shape == (8, 8)
+        shrunk = F.avg_pool2d(sample["images"].float(), 2)
+        assert (shrunk - sample["token_images"].float()).abs().mean() < 3
+        crops.add(sample["images"].numpy().tobytes())
+        again = views[epoch, 0]
+        assert all(torch.equal(sample[k], again[k]) for k in ("images", "token_images", "mask"))
+    assert len(crops) == 20
+
+
+def test_shapes_say_their_class_by_the_outline_alone():
+    draws = [pretrain.draw_shapes(48, 0, index) for index in range(1500)]
+    labels = np.array([label for _, label, _ in draws])
+    assert abs(np.bincount(labels, minlength=8) / 1500 - 1 / 8).max() < 0.03
+    for image, label, label_map in draws[:50]:
+        assert image.shape == (48, 48, 3) and label_map.shape == (48, 48)
+        assert np.bincount(label_map.flatten(), minlength=9)[1:].argmax() == label  # the main one
+    colours = np.array([image.reshape(-1, 3).mean(0) / 255 for image, _, _ in draws])
+    areas = np.array([(label_map == label + 1).mean() for _, label, label_map in draws])
+    for statistic in (*colours.T, areas):  # no class differs from the rest by more than noise
+        means = np.array([statistic[labels == kind].mean() for kind in range(8)])
+        noise = statistic.std() / math.sqrt(1500 / 8)
+        assert abs(means - statistic.mean()).max() < 4.5 * noise
+    for size in (17, 224):
+        image, label, _ = pretrain.draw_shapes(size, 0, 3)
+        assert image.shape == (size, size, 3) and label == labels[3]
+
+
+# ---- the options ---------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_the_papers_table_12():
+    config = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, [])
+    recipe = dict(epochs=800, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup_epochs=10)
+    recipe |= dict(weight_decay=0.05, clip_grad=3.0, drop_path=0.1, image_size=224, patch_size=16)
+    recipe |= dict(size="base", variant="paper", tokenizer="dalle", mask="block", predict="masked")
+    recipe |= dict(crop_min=0.08, jitter=0.4, min_block=16)
+    assert {name: getattr(config, name) for name in recipe} == recipe
+    assert round(config.mask_ratio * 196) == 75
+    assert pretrain.run_length(config, 1_281_167)[0] == 500_000
+    large = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, ["--preset=large"])
+    assert (large.size, large.clip_grad) == ("large", 1.0)
+
+
+def test_every_field_has_a_text_and_is_read():
+    texts = pretrain.field_texts(pretrain.Config)
+    source = open(os.path.join(HERE, "pretrain.py")).read()
+    for field in fields(pretrain.Config):
+        assert len(texts[field.name].split()) >= 2, field.name
+        named = rf"config\.{field.name}\b|\"{field.name}\""
+        assert len(re.findall(named, source)) >= 1, field.name
+    shown = " ".join(python("pretrain.py", "--help").stdout.split())
+    for name, text in texts.items():
+        assert f"--{name}" in shown and " ".join(text.split()) in shown, name
+
+
+def test_the_schedule():
+    lr = [pretrain.cosine(step, 110, 10, 1.0, 0.1) for step in range(111)]
+    assert math.isclose(lr[0], 0.1) and math.isclose(lr[9], 1.0) and math.isclose(lr[10], 1.0)
+    assert math.isclose(lr[60], 0.55) and math.isclose(lr[110], 0.1)
+    assert math.isclose(lr[35], 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def bad_inputs(tmp_path, dvae):
+    """(name, arguments, what the message must say)."""
+    out = f"--out={tmp_path}/out"
+    toy = [*TOY, out, f"--tokenizer=dvae:{dvae}"]
+    (tmp_path / "empty").mkdir()
+    broken = make_folder(tmp_path / "broken")
+    (broken / "class0" / "deep" / "0.png").write_bytes(b"no image")
+    tiny = make_folder(tmp_path / "tiny", 4)
+    return [
+        ("unknown option", ["--learning_rate=1"], "unrecognized arguments: --learning_rate=1"),
+        ("near miss", ["--batchsize=1"], "did you mean --batch_size?"),
+        ("bad value", ["--steps=many"], "argument --steps: invalid int value: 'many'"),
+        ("bad choice", ["--mask=blok"], "invalid choice: 'blok' (choose from"),
+        ("bad bool", ["--compile=si"], "'si' is neither true nor false"),
+        ("bad preset", ["--preset=cifar"], "invalid choice: 'cifar'"),
+        ("size", [*toy, "--size=giant"], "'giant' is none of nano, tiny, small, base, large"),
+        ("variant", [*toy, "--variant=new"], "'new' is none of paper, released"),
+        ("no folder", [*toy, "--data=/no/where"], "--data=/no/where: no such folder"),
+        ("empty", [*toy, f"--data={tmp_path}/empty"], "empty: holds no two images"),
+        ("no image", [*toy, f"--data={broken}", "--steps=9"], "0.png: cannot be read as an image"),
+        ("few", [*toy, f"--data={tiny}"], "--batch_size=8: must be from 1"),
+        ("batch", [*toy, "--batch_size=0"], "--batch_size=0: give a number above 0"),
+        ("warm-up", [*toy, "--warmup_epochs=9"], "--warmup_epochs=9: is 22500 steps of a run of 6"),
+        ("patch", [*toy, "--patch_size=5"], "image_size=32 is no multiple of patch_size=5"),
+        ("mask", [*toy, "--min_block=60"], "min_block=60 with num_masked=25"),
+        ("no mask", [*toy, "--mask=none"], "--mask=none hides nothing to predict"),
+        ("ratio", [*toy, "--mask_ratio=1.5"], "hide at least 1 patch and at most 63"),
+        ("tokenizer", [*TOY, out, "--tokenizer=vqvae:x"], "--tokenizer=vqvae:x: unknown; known are"),
+        ("no dalle", [*TOY, out, f"--tokenizer=dalle:{tmp_path}"], "needs DALL-E's encoder.pkl in"),
+        ("no dvae", [*TOY, out, "--tokenizer=dvae:gone.pt"], "gone.pt: no such file"),
+        ("weights", [*toy, "--weights=gone.pt"], "gone.pt: no such file"),
+        ("shape", [*toy, f"--weights={dvae}"], "cls_token is not in it and (1, 1, 128)"),
+        ("attention", ["--task=attention"], "give --weights=FILE"),
+        ("device", [*toy, "--device=tpu9"], "--device=tpu9: not on this machine"),
+    ]
+
+
+def test_bad_input_gets_one_line(tmp_path, dvae, capsys):
+    for name, arguments, message in bad_inputs(tmp_path, dvae):
+        capsys.readouterr()
+        text = error_of(capsys, *arguments)
+        assert message in text, (name, text)
+
+
+def test_bad_input_from_a_loader_process_is_one_line_too(tmp_path, dvae):
+    folder = make_folder(tmp_path / "images")
+    (folder / "class1" / "deep" / "1.png").write_bytes(b"no image")
+    words = [*TOY, f"--out={tmp_path}/out", f"--data={folder}", f"--tokenizer=dvae:{dvae}"]
+    done = python("pretrain.py", *words, "--num_workers=2", "--steps=9", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"^error: .*1\.png: cannot be read as an image", done.stderr, re.MULTILINE)
+    lines = toy(tmp_path / "out2", f"--data={folder}", f"--tokenizer=dvae:{dvae}",
+                "--skip_bad_images")
+    assert lines[-1]["step"] == 6 and lines[-1]["bad_images"] >= 1
+
+
+def test_a_download_that_fails_says_what_to_do(monkeypatch, capsys, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(pretrain, "CIFAR10", type("CIFAR10", (), {"__init__": refuse}))
+    out = f"--out={tmp_path}/out"
+    text = error_of(capsys, *TOY, out, "--tokenizer=dalle")
+    assert "download failed (no route)" in text and "--tokenizer=dalle:DIR" in text
+    text = error_of(capsys, *TOY, out, "--data=cifar10")
+    assert "CIFAR10: download failed (no route)" in text
+
+
+def test_tensorboard_is_optional(monkeypatch, capsys, tmp_path, dvae):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    words = [*TOY, f"--out={tmp_path}", f"--tokenizer=dvae:{dvae}", "--tensorboard"]
+    assert "pip install tensorboard" in error_of(capsys, *words)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_from_nothing_to_its_pictures(tmp_path):
+    """The README's first command at toy size: the dVAE, then BEiT, with everything that they write."""
+    words = [*TOY, f"--out={tmp_path}", "--tokenizer_steps=60", "--steps=60", "--eval_every=30"]
+    words += ["--batch_size=16", "--val_images=32", "--num_workers=2"]
+    done = python("pretrain.py", *words)
+    assert "commit" in done.stdout and "Traceback" not in done.stderr
+    for folder, columns in ((tmp_path / "tokenizer", 2), (tmp_path, 4)):
+        lines = pretrain.read_metrics(folder / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(1, 61))
+        losses = [line["loss"] for line in lines]
+        assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+        assert {"epoch", "lr", "grad_norm", "images_per_s"} <= lines[0].keys()
+        assert [line["step"] for line in lines if "val_loss" in line] == [30, 60]
+        with Image.open(folder / "reconstruction.png") as picture:
+            assert picture.width == columns * 132 + 4
+        assert json.load(open(folder / "config.json"))["steps"] == 60
+    check_baselines(tmp_path, lines[-1])
+    done = python("pretrain.py", *words)
+    assert "step 60 of 60" in done.stdout  # a run that is complete is not run again
+
+    pretrain.main(["--task=attention", f"--weights={tmp_path}/checkpoint.pt", "--data=shapes",
+                   f"--out={tmp_path}/maps", "--query=1,2"])
+    maps = list((tmp_path / "maps").glob("attention_*.png"))
+    assert len(maps) == 8
+    with Image.open(maps[0]) as picture:
+        assert picture.width == 5 * 132 + 4  # the image and four heads
+        red = np.asarray(picture.convert("RGB"))[14 + 4 + 16, 4 + 2 * 16 : 4 + 3 * 16]
+        assert (red == [255, 0, 0]).all()  # the frame around row 1, column 2
+
+
+def check_baselines(out, line):
+    """The zero-knowledge baselines, again from the tokens of the hidden patches by numpy."""
+    config = pretrain.Config(**json.load(open(out / "config.json")))
+    tokenizer = build_tokenizer(f"dvae:{out}/tokenizer/checkpoint.pt")
+    dataset = pretrain.Views(pretrain.open_images(config)[1], config, 16, train=False)
+    tokens = []
+    for index in range(len(dataset)):
+        sample = dataset[0, index]
+        codes = tokenizer.encode(sample["token_images"][None] / 255.0)[0]
+        tokens += codes[sample["mask"]].tolist()
+    share = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    assert math.isclose(line["val_unigram_entropy"], -(share * np.log(share)).sum(), rel_tol=1e-4)
+    assert math.isclose(line["val_most_frequent"], share.max(), rel_tol=1e-5)
+    assert math.isclose(line["val_vocab_used"], len(share) / 32, rel_tol=1e-6)
+
+
+def gradients(out):
+    """AdamW's first moment after one step is a tenth of the gradient."""
+    state = read_checkpoint(f"{out}/checkpoint.pt")["optimizer"]["state"]
+    return torch.cat([state[key]["exp_avg"].flatten() for key in sorted(state)]) * 10
+
+
+@pytest.mark.parametrize("task", ["mim"])
+def test_processes_and_accumulation_do_not_change_the_gradient(task, tmp_path, dvae):
+    words = [*TOY, f"--tokenizer=dvae:{dvae}", "--steps=1", "--drop_path=0", "--batch_size=10"]
+    words += ["--clip_grad=0", "--eval_every=1"]
+    runs = {"one": (1, 10), "parts": (1, 3), "two": (2, 10), "three": (3, 2)}
+    for name, (processes, micro) in runs.items():
+        out = tmp_path / name
+        python("pretrain.py", *words, f"--out={out}", f"--micro_batch={micro}", processes=processes)
+    lines = {name: pretrain.read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in runs}
+    expected = gradients(tmp_path / "one")
+    assert expected.abs().max() > 1e-3
+    for name in runs:
+        for metric in ("loss", "accuracy", "grad_norm", "val_loss", "val_unigram_entropy"):
+            assert math.isclose(lines[name][metric], lines["one"][metric], rel_tol=2e-6), name
+        assert (gradients(tmp_path / name) - expected).abs().max() < 1e-6, name
+
+
+def test_batches_do_not_depend_on_workers_or_processes(monkeypatch):
+    config = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, [*TOY, "--batch_size=10"])
+    images = pretrain.open_images(config)[0]
+    dataset = pretrain.Views(images, config, 16, train=True)
+    cpu = torch.device("cpu")
+    seen = {}
+    for processes, workers in ((1, 0), (1, 4), (2, 0), (3, 2)):
+        parts = []
+        for rank in range(processes):
+            monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", str(processes))
+            steps = (2000, 2001, 3)  # two of the second epoch, one of the first
+            keys = [pretrain.share(pretrain.batch_of_step(s, 20_000, config)) for s in steps]
+            parts.append(list(pretrain.loader(dataset, keys, workers, cpu)))
+        whole = [{k: torch.cat([p[s][k] for p in parts]) for k in parts[0][s]} for s in range(3)]
+        seen[processes, workers] = whole
+        assert all(len(batch["mask"]) == 10 for batch in whole)
+    for batches in seen.values():
+        for batch, reference in zip(batches, seen[1, 0]):
+            assert all(torch.equal(batch[name], reference[name]) for name in batch)
+    epoch = [index for s in range(2000) for _, index in pretrain.batch_of_step(s, 20_000, config)]
+    assert sorted(epoch) == list(range(20_000))  # every image once an epoch
+
+
+def test_killed_runs_end_with_the_same_weights(tmp_path, dvae):
+    words = [*TOY, f"--tokenizer=dvae:{dvae}", "--steps=40", "--save_every=3", "--num_workers=2"]
+    clock = time.time()
+    python("pretrain.py", *words, f"--out={tmp_path}/whole")
+    length = time.time() - clock
+    rng = np.random.default_rng()
+    kills = 0
+    while kills < KILLS:
+        run = subprocess.Popen([sys.executable, "pretrain.py", *words, f"--out={tmp_path}/killed"],
+                               cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _, error = run.communicate(timeout=rng.uniform(0.4, 1.0) * length)
+            assert run.returncode == 0, error.decode()  # it came to its end: check, and again
+            assert same_weights(tmp_path / "whole", tmp_path / "killed")
+            for path in (tmp_path / "killed").iterdir():
+                path.unlink()
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.communicate()
+            kills += 1
+    python("pretrain.py", *words, f"--out={tmp_path}/killed")
+    assert same_weights(tmp_path / "whole", tmp_path / "killed")
+    lines = pretrain.read_metrics(tmp_path / "killed" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    whole = pretrain.read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert [line["loss"] for line in lines] == [line["loss"] for line in whole]
+
+
+def test_sigterm_saves_and_the_run_goes_on_with_other_processes(tmp_path, dvae):
+    words = [*TOY, f"--tokenizer=dvae:{dvae}", "--steps=150", "--save_every=0", "--num_workers=1"]
+    run = subprocess.Popen([sys.executable, "pretrain.py", *words, f"--out={tmp_path}/run"],
+                           cwd=HERE, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("step 5 "):
+            run.send_signal(signal.SIGTERM)
+            break
+    rest = run.communicate(timeout=60)[0]
+    saved = re.search(r"SIGTERM: saved step (\d+)", rest)
+    assert run.returncode == 0 and saved, rest
+    step = int(saved[1])
+    assert read_checkpoint(f"{tmp_path}/run/checkpoint.pt")["step"] == step < 150
+    done = python("pretrain.py", *words, f"--out={tmp_path}/run", processes=2, timeout=200)
+    assert f"step {step} of 150" in done.stdout
+    lines = pretrain.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 151))
+    assert np.mean([line["loss"] for line in lines[-50:]]) < np.mean([x["loss"] for x in lines[:5]])
+
+
+def test_logging_and_saving_and_evaluating_do_not_change_the_training(tmp_path, dvae):
+    words = [f"--tokenizer=dvae:{dvae}"]
+    often = toy(tmp_path / "often", *words, "--eval_every=1", "--save_every=1")
+    toy(tmp_path / "seldom", *words, "--log_every=3", "--eval_every=4", "--save_every=5")
+    seldom = pretrain.read_metrics(tmp_path / "seldom" / "metrics.jsonl")
+    assert [line["step"] for line in seldom] == [3, 4, 6]
+    losses = {line["step"]: line["loss"] for line in often}
+    assert all(line["loss"] == losses[line["step"]] for line in seldom if "loss" in line)
+    assert same_weights(tmp_path / "often", tmp_path / "seldom")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dvae, capsys):
+    words = [f"--tokenizer=dvae:{dvae}"]
+    toy(tmp_path / "whole", *words)
+    for damage in ("cut", "flipped"):
+        out = tmp_path / damage
+        toy(out, *words)
+        data = bytearray((out / "checkpoint.pt").read_bytes())
+        if damage == "cut":
+            data = data[: len(data) // 2]
+        else:
+            data[len(data) // 2] ^= 4  # in a tensor: torch.load alone would not notice
+        (out / "checkpoint.pt").write_bytes(data)
+        capsys.readouterr()
+        toy(out, *words)
+        said = capsys.readouterr().out
+        assert "checkpoint.pt: damaged" in said and "step 4 of 6" in said
+        assert same_weights(tmp_path / "whole", out)
+    for name in ("checkpoint.pt", "previous.pt"):
+        (out / name).write_bytes(b"nothing")
+    text = error_of(capsys, *TOY, f"--out={out}", *words)
+    assert "previous.pt: damaged; --resume=never" in text
+
+
+def test_another_config_in_the_same_folder_is_an_error(tmp_path, dvae, capsys):
+    words = [*TOY, f"--out={tmp_path}", f"--tokenizer=dvae:{dvae}", "--steps=2"]
+    pretrain.main(words)
+    text = error_of(capsys, *words, "--lr=0.5", "--seed=3")
+    assert "lr: 0.003 there, 0.5 now, seed: 0 there, 3 now" in text
+    pretrain.main([*words, "--num_workers=1", "--micro_batch=4"])  # these may change
+    pretrain.main([*words, "--lr=0.5", "--resume=never"])
+    assert pretrain.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, dvae, capsys):
+    folder = make_folder(tmp_path / "images", 20)
+    words = [*TOY, f"--out={tmp_path}/out", f"--tokenizer=dvae:{dvae}", f"--data={folder}"]
+    words += ["--lr=1e30", "--clip_grad=0", "--save_every=1", "--steps=30"]
+    with pytest.raises(SystemExit) as stop:
+        pretrain.run(lambda: pretrain.main(words))
+    text = capsys.readouterr().err
+    assert stop.value.code == 1 and "Traceback" not in text
+    step = int(re.search(r"the loss of step (\d+) is (nan|inf)", text)[1])
+    files = re.findall(r"deep/\d+\.png", text)
+    assert len(files) == 8 == len(set(files))  # the batch's images
+    assert read_checkpoint(f"{tmp_path}/out/checkpoint.pt")["step"] == step - 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--variant=released", "--mask=random", "--predict=all"],
+        ["--mask=none", "--predict=all", "--dtype=bfloat16"],
+        ["--dtype=float16", "--batch_size=4"],
+    ],
+)
+def test_other_options_train_too(words, tmp_path, dvae):
+    lines = toy(tmp_path, f"--tokenizer=dvae:{dvae}", "--steps=12", "--eval_every=6", *words)
+    assert lines[-1]["loss"] < lines[0]["loss"] and math.isfinite(lines[-1]["val_loss"])
+    if "--dtype=float16" in words:
+        assert lines[-1]["skipped_steps"] >= 0
+    model = BEiT(ViTConfig(**read_checkpoint(tmp_path / "checkpoint.pt")["arch"]), 32)
+    assert "newly initialised: none" in load_weights(model, tmp_path / "checkpoint.pt")
+    assert toy(tmp_path / "on", f"--tokenizer=dvae:{dvae}", "--steps=2", *words,
+               f"--weights={tmp_path}/checkpoint.pt")[0]["loss"] < lines[0]["loss"]
+
+
+def test_compiled_blocks_compute_the_same(tmp_path, dvae, monkeypatch):
+    """With the compiler's front end alone: C++ code takes it minutes on two cores."""
+    original = torch.nn.Module.compile
+    traced = lambda module: original(module, backend="aot_eager")  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    words = [f"--tokenizer=dvae:{dvae}", "--steps=2", "--drop_path=0", "--save_every=0"]
+    plain = toy(tmp_path / "plain", *words)
+    compiled = toy(tmp_path / "compiled", *words, "--compile")
+    for a, b in zip(plain, compiled):
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
+
+
+def test_the_plan_of_the_papers_run():
+    text = python("pretrain.py", "--dry_run", "--processes=16", "--images_per_s=148").stdout
+    assert "500,000 of 2,048 images, 625 an epoch, 6,250 of warm-up" in text
+    assert "16 processes x 1 micro-batches x 128 images" in text and "92,089,856" in text
+    flops = float(re.search(r"compute +([\d.]+) GFLOP", text)[1])
+    # recipe: 26 GMAC of the tokenizer, 17.5 of a ViT-B forward pass, the head; twice that backward
+    head = 75 * 768 * 8192 / 1e9
+    assert abs(flops / (2 * 26 + 6 * (17.5 + head)) - 1) < 0.05
+    assert "5.01 days on 16 processes" in text  # 800 * 1.28M / (16 * 148 * 86400), about five
+
+
+def test_base_trains_on_photographs_with_dalles_tokens(tmp_path, dalle):
+    folder = make_folder(tmp_path / "photos", 4, side=260)
+    words = [f"--data={folder}", f"--tokenizer=dalle:{dalle[0]}", f"--out={tmp_path}/out"]
+    words += ["--size=base", "--steps=3", "--batch_size=2", "--warmup_epochs=0", "--num_workers=0"]
+    words += ["--log_every=1", "--lr=1e-3", "--drop_path=0", "--crop_min=0.9", "--eval_every=0"]
+    pretrain.main(words)
+    lines = pretrain.read_metrics(f"{tmp_path}/out/metrics.jsonl")
+    assert abs(lines[0]["loss"] - math.log(8192)) < 0.5 and lines[-1]["loss"] < lines[0]["loss"]
+    assert os.path.getsize(f"{tmp_path}/out/reconstruction.png") > 10_000
+    model = BEiT(ViTConfig.named("base"), 8192)
+    assert "newly initialised: none" in load_weights(model, f"{tmp_path}/out/checkpoint.pt")
+
+
+# ---- the README ----------------------------------------------------------------------------------
+
+
+def readme_commands():
+    text = open(os.path.join(HERE, "README.md")).read()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    return [line.strip() for line in lines if re.search(r"\bpretrain\.py\b", line)]
+
+
+def test_every_command_of_the_readme_is_understood(capsys):
+    commands = readme_commands()
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command.split("pretrain.py", 1)[1].split("&&")[0].split("#")[0])
+        config = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, words)
+        if config.task != "attention":
+            count = {"shapes": 20_000, "cifar10": 50_000}.get(config.data, 1_281_167)
+            pretrain.run_length(config, count), pretrain.vit_config(config)
+        assert asdict(config)
