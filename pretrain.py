@@ -22,7 +22,6 @@ import functools
 import inspect
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -181,17 +180,16 @@ def fail(message, code):
 
 def run(main):
     """Call main() and turn what the user can mend into one line without a traceback."""
+    message = None
     try:
         main()
     except (ValueError, OSError) as error:
         # a loader process's error comes wrapped in its traceback: the last line is the message
-        last = (str(error).strip() or repr(error)).splitlines()[-1]
-        fail(last.removeprefix("ValueError: "), 2)
+        message, code = (str(error).strip() or repr(error)).splitlines()[-1], 2
     except FloatingPointError as error:
-        fail(error, 1)
-    finally:  # loader processes do not heed SIGTERM, so Python would wait for them for ever
-        for process in multiprocessing.active_children():
-            process.kill()
+        message, code = str(error), 1
+    if message:
+        fail(message.removeprefix("ValueError: "), code)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -614,11 +612,13 @@ def loader(dataset, batches, workers, device):
     """The batches of `dataset` that `batches` lists by their keys, in that order."""
     pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                      worker_init_fn=ignore_sigterm)
+                      worker_init_fn=outlive_one_sigterm)
 
 
-def ignore_sigterm(worker):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all; the loop handles it
+def outlive_one_sigterm(worker):
+    """A cluster sends SIGTERM to all processes of a job, and the loop still needs this one; after a
+    crash Python sends a second one at its exit."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def micro_batches(batch, size):

@@ -421,7 +421,7 @@ def test_positions_are_resized_and_the_extra_rows_left(tmp_path):
         assert torch.equal(wide[-3:], table[-3:]) and wide.shape == (23 * 23 + 3, 2)
         column = wide[:-3, 0].view(23, 23)[:, 11]
         assert abs(column[11]) < 1e-5 and torch.allclose(column, -column.flip(0), atol=1e-5)
-        assert 0.6 < column[13] - column[12] < 0.7  # 15 offsets stretched over 23
+        assert 0.55 < column[13] - column[12] < 0.75  # 15 offsets stretched over 23
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
@@ -632,7 +632,7 @@ def test_the_schedule():
 def bad_inputs(tmp_path, dvae):
     """(name, arguments, what the message must say)."""
     out = f"--out={tmp_path}/out"
-    toy = [*TOY, out, f"--tokenizer=dvae:{dvae}"]
+    toy = [*TOY, out, f"--tokenizer=dvae:{dvae}", "--save_every=0"]
     (tmp_path / "empty").mkdir()
     broken = make_folder(tmp_path / "broken")
     (broken / "class0" / "deep" / "0.png").write_bytes(b"no image")
@@ -648,7 +648,7 @@ def bad_inputs(tmp_path, dvae):
         ("variant", [*toy, "--variant=new"], "'new' is none of paper, released"),
         ("no folder", [*toy, "--data=/no/where"], "--data=/no/where: no such folder"),
         ("empty", [*toy, f"--data={tmp_path}/empty"], "empty: holds no two images"),
-        ("no image", [*toy, f"--data={broken}", "--steps=9"], "0.png: cannot be read as an image"),
+        ("no image", [*toy, f"--data={broken}"], "0.png: cannot be read as an image"),
         ("few", [*toy, f"--data={tiny}"], "--batch_size=8: must be from 1"),
         ("batch", [*toy, "--batch_size=0"], "--batch_size=0: give a number above 0"),
         ("warm-up", [*toy, "--warmup_epochs=9"], "--warmup_epochs=9: is 22500 steps of a run of 6"),
@@ -677,7 +677,7 @@ def test_bad_input_from_a_loader_process_is_one_line_too(tmp_path, dvae):
     folder = make_folder(tmp_path / "images")
     (folder / "class1" / "deep" / "1.png").write_bytes(b"no image")
     words = [*TOY, f"--out={tmp_path}/out", f"--data={folder}", f"--tokenizer=dvae:{dvae}"]
-    done = python("pretrain.py", *words, "--num_workers=2", "--steps=9", check=False)
+    done = python("pretrain.py", *words, "--num_workers=2", check=False, timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(r"^error: .*1\.png: cannot be read as an image", done.stderr, re.MULTILINE)
     lines = toy(tmp_path / "out2", f"--data={folder}", f"--tokenizer=dvae:{dvae}",
