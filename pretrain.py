@@ -22,6 +22,7 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -30,6 +31,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -124,7 +126,7 @@ PRESETS = {
     "paper": {},
     "large": dict(size="large", clip_grad=1.0, micro_batch=64),
     "shapes": dict(DEMO, data="shapes", out="out/shapes", image_size=64, patch_size=8, crop_min=0.5)
-    | dict(vocab_size=256, steps=300, tokenizer_steps=400, eval_every=100, save_every=100)
+    | dict(vocab_size=256, steps=250, tokenizer_steps=300, eval_every=125, save_every=125)
     | dict(val_images=512),
     "cifar10": dict(CIFAR, data="cifar10", out="out/cifar10"),
     "cifar100": dict(CIFAR, data="cifar100", out="out/cifar100"),
@@ -175,21 +177,24 @@ def field_texts(config_class):
 def fail(message, code):
     """Print one line and exit: code 2 for bad input, 1 for a run that went wrong."""
     print(f"error: {message}", file=sys.stderr, flush=True)
+    if multiprocessing.active_children():  # loader processes leave when they see this one gone;
+        os._exit(code)  # sys.exit would send them SIGTERM, which they ignore, and wait for ever
     sys.exit(code)
 
 
 def run(main):
     """Call main() and turn what the user can mend into one line without a traceback."""
-    message = None
     try:
         main()
     except (ValueError, OSError) as error:
         # a loader process's error comes wrapped in its traceback: the last line is the message
-        message, code = (str(error).strip() or repr(error)).splitlines()[-1], 2
+        last = (str(error).strip() or repr(error)).splitlines()[-1]
+        fail(last.removeprefix("ValueError: "), 2)
     except FloatingPointError as error:
-        message, code = str(error), 1
-    if message:
-        fail(message.removeprefix("ValueError: "), code)
+        fail(error, 1)
+    except Exception as error:
+        traceback.print_exc()
+        fail(f"{type(error).__name__}, from a bug or a lack of memory: see above", 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -612,13 +617,11 @@ def loader(dataset, batches, workers, device):
     """The batches of `dataset` that `batches` lists by their keys, in that order."""
     pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                      worker_init_fn=outlive_one_sigterm)
+                      worker_init_fn=ignore_sigterm)
 
 
-def outlive_one_sigterm(worker):
-    """A cluster sends SIGTERM to all processes of a job, and the loop still needs this one; after a
-    crash Python sends a second one at its exit."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+def ignore_sigterm(worker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all; the loop handles it
 
 
 def micro_batches(batch, size):
