@@ -27,10 +27,8 @@ VIT_SIZES = {
     "large": dict(dim=1024, depth=24, heads=16, layer_scale=1e-5),
 }
 VARIANTS = {
-    "paper": dict(
-        position="absolute", layer_scale=0.0
-    ),  # the model of the paper's tables: 83.2% with base
-    "released": dict(position="shared_relative"),  # the checkpoints that the authors released
+    "paper": dict(position="absolute", layer_scale=0.0),  # of the paper's tables: 83.2% with base
+    "released": dict(position="shared_relative"),  # of the checkpoints that the authors released
 }
 
 
@@ -43,9 +41,7 @@ class ViTConfig:
     heads: int = 12
     mlp_ratio: float = 4.0
     drop_path: float = 0.0  # stochastic depth of the last block; grows linearly from 0 at the first
-    position: str = (
-        "absolute"  # learnt embeddings, or a "relative" bias a layer, or one "shared_relative" bias
-    )
+    position: str = "absolute"  # or a bias for each layer, "relative", or one, "shared_relative"
     layer_scale: float = 0.0  # initial gain of every residual branch; 0 = no such parameters
 
     def __post_init__(self):
@@ -67,8 +63,7 @@ class ViTConfig:
 
     @classmethod
     def named(cls, size, variant="paper", **changes):
-        """The config of a size and a variant, e.g. `ViTConfig.named("base", "released",
-        drop_path=0.1)`."""
+        """The config of a size and a variant, e.g. `ViTConfig.named("base", "released")`."""
         for name, table in ((size, VIT_SIZES), (variant, VARIANTS)):
             if name not in table:
                 raise ValueError(f"{name!r} is none of {', '.join(table)}")
@@ -92,14 +87,12 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros((2 * config.grid - 1) ** 2 + 3, config.heads)
-        )
+        rows = (2 * config.grid - 1) ** 2 + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, config.heads))
 
 
 def relative_position_index(grid):
-    """(1 + N, 1 + N) int64: the row of the bias table for each pair of query and key, N = grid *
-    grid."""
+    """(1 + N, 1 + N) int64: the row of the table for each query and key; N = grid * grid."""
     side = 2 * grid - 1
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     place = (y * side + x).flatten()  # (N,)
@@ -122,9 +115,8 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(config.dim))
         self.proj = nn.Linear(config.dim, config.dim)
         if config.position == "relative":
-            self.relative_position_bias_table = RelativePositionBias(
-                config
-            ).relative_position_bias_table
+            own = RelativePositionBias(config)
+            self.relative_position_bias_table = own.relative_position_bias_table
 
     def queries_keys_values(self, x):
         """(B, 1 + N, D) -> three times (B, heads, 1 + N, D / heads)."""
@@ -133,16 +125,14 @@ class Attention(nn.Module):
         return qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, bias=None):
-        """(B, 1 + N, D) -> the same; `bias` (heads, 1 + N, 1 + N) is added to the attention
-        logits."""
+        """(B, 1 + N, D) -> the same; `bias` (heads, 1 + N, 1 + N) is added to the logits."""
         q, k, v = self.queries_keys_values(x)
         bias = None if bias is None else bias.to(q.dtype).unsqueeze(0)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, 1 + N, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x, bias=None):
-        """The attention that `forward` applies but never stores: (B, heads, queries, keys), rows
-        sum to 1."""
+        """What `forward` applies but never stores: (B, heads, queries, keys), rows sum to 1."""
         q, k, _ = self.queries_keys_values(x)
         logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
         return (logits if bias is None else logits + bias).softmax(dim=3)
@@ -179,31 +169,22 @@ class Block(nn.Module):
         return self.residual(x, self.gamma_2, lambda x: self.mlp(self.norm2(x)))
 
     def residual(self, x, gamma, branch):
-        """x + gamma * branch(x), where stochastic depth drops the branch of whole samples at
-        random.
+        """x + gamma * branch(x). Stochastic depth drops the branch of whole samples at random.
 
         A dropped sample never enters its branch, so a rate of 0.1 saves 5% of the network's work.
         The draw is made on the CPU, where finding the samples that stay makes no GPU wait.
         """
-        stay = slice(None)
-        if self.training and self.drop_path > 0:
-            drawn = torch.rand(len(x)) >= self.drop_path
-            stay = (
-                slice(None)
-                if drawn.all()
-                else drawn.nonzero().squeeze(1).to(x.device, non_blocking=True)
-            )
-        out = branch(x[stay])
-        if gamma is not None:
-            out = gamma * out
-        if self.training and self.drop_path > 0:
-            out = out / (1 - self.drop_path)
-        return x + out if isinstance(stay, slice) else x.index_add(0, stay, out.to(x.dtype))
+        gain = 1 if gamma is None else gamma
+        if not self.training or self.drop_path == 0:
+            return x + gain * branch(x)
+        stay = (torch.rand(len(x)) >= self.drop_path).nonzero().squeeze(1)
+        stay = stay.to(x.device, non_blocking=True)
+        out = branch(x[stay]) * (gain / (1 - self.drop_path))
+        return x.index_add(0, stay, out.to(x.dtype))
 
 
 class ViT(nn.Module):
-    """The backbone: patches -> blocks. Its subclasses add a head; all share the official parameter
-    names."""
+    """The backbone: patches, then blocks. Subclasses add a head under the official names."""
 
     def __init__(self, config):
         super().__init__()
@@ -224,8 +205,8 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The paper's init (sec. 2.3): normal of std 0.02 cut at one std, the l-th block's outputs
-        / sqrt(2l)."""
+        """The paper's init (sec. 2.3): a normal of std 0.02, cut at one std as in the official
+        code, with the outputs of the l-th block divided by sqrt(2l)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.endswith("relative_position_bias_table"):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
@@ -235,7 +216,7 @@ class ViT(nn.Module):
             block.attn.proj.weight.div_(math.sqrt(2 * number))
             block.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
-    def embed(self, images, mask=None):
+    def embed(self, images):
         """Images (B, 3, H, W), normalised -> patch embeddings (B, N, D)."""
         if images.shape[2:] != (self.config.image_size, self.config.image_size):
             raise ValueError(
@@ -244,41 +225,38 @@ class ViT(nn.Module):
             )
         return self.patch_embed(images)
 
-    def position_bias(self, owner):
-        """The bias (heads, 1 + N, 1 + N) in the table of `owner`."""
-        # embedding(), not table[index]: its backward adds up in a fixed order, so a resumed run is
-        # bit-identical
-        return F.embedding(self.relative_index, owner.relative_position_bias_table).permute(2, 0, 1)
+    def position_biases(self):
+        """For each block what is added to its attention logits: (heads, 1 + N, 1 + N) or None."""
+        owners = {
+            "absolute": [],
+            "shared_relative": [getattr(self, "rel_pos_bias", None)],
+            "relative": [block.attn for block in self.blocks],
+        }[self.config.position]
+        # embedding() and not table[index]: its backward adds up in a fixed order, so that a resumed
+        # run is bit-identical
+        tables = [owner.relative_position_bias_table for owner in owners]
+        biases = [F.embedding(self.relative_index, table).permute(2, 0, 1) for table in tables]
+        return biases if len(biases) == len(self.blocks) else (biases or [None]) * len(self.blocks)
 
     def encode(self, x, layers=None):
-        """Patch embeddings (B, N, D) -> features after the first `layers` blocks (None: all), (B, 1
-        + N, D)."""
+        """Patch embeddings (B, N, D) -> features (B, 1 + N, D) after the first `layers` blocks, or
+        after all."""
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        bias = (
-            self.position_bias(self.rel_pos_bias)
-            if self.config.position == "shared_relative"
-            else None
-        )
-        for block in self.blocks[:layers]:
-            x = block(
-                x, self.position_bias(block.attn) if self.config.position == "relative" else bias
-            )
+        for block, bias in zip(self.blocks[:layers], self.position_biases()):
+            x = block(x, bias)
         return x
 
     def attention(self, images):
-        """The last block's attention weights for images (B, 3, H, W), normalised: (B, heads, 1 + N,
-        1 + N)."""
-        last = self.blocks[-1]
-        owner = {"relative": last.attn, "shared_relative": getattr(self, "rel_pos_bias", None)}
-        owner = owner.get(self.config.position)
-        bias = None if owner is None else self.position_bias(owner)
+        """The last block's attention weights for images (B, 3, H, W), normalised:
+        (B, heads, 1 + N queries, 1 + N keys)."""
+        last, bias = self.blocks[-1], self.position_biases()[-1]
         return last.attn.weights(last.norm1(self.encode(self.embed(images), layers=-1)), bias)
 
     def forward(self, images):
-        """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, not normed, (B, 1 +
-        N, D)."""
+        """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, (B, 1 + N, D),
+        before any final norm."""
         return self.encode(self.embed(images))
 
 
@@ -296,13 +274,12 @@ class BEiT(ViT):
         """Images (B, 3, H, W), normalised, and mask (B, h, w), True = hidden -> logits (sum of
         mask, vocab), in the order of `tokens[mask]`. `predict` (B, h, w) asks for the logits of
         other patches instead."""
-        mask, predict = mask.flatten(1), (mask if predict is None else predict).flatten()
-        x = torch.where(
-            mask.to(images.device).unsqueeze(2), self.mask_token, self.embed(images)
-        )  # (B, N, D)
+        hidden = mask.flatten(1).unsqueeze(2).to(images.device)  # (B, N, 1)
+        x = torch.where(hidden, self.mask_token, self.embed(images))  # (B, N, D)
         x = self.encode(x)[:, 1:].flatten(0, 1)  # (B * N, D)
-        index = predict.nonzero().squeeze(1)  # a mask on the CPU makes no GPU wait here
-        return self.lm_head(self.norm(x[index.to(x.device, non_blocking=True)]))
+        index = (mask if predict is None else predict).flatten().nonzero().squeeze(1)
+        index = index.to(x.device, non_blocking=True)  # of a mask on the CPU: no GPU waits for it
+        return self.lm_head(self.norm(x[index]))
 
 
 def param_groups(model, lr, weight_decay, layer_decay=1.0):

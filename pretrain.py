@@ -156,8 +156,9 @@ def parse_args(config_class, presets, argv=None, doc=""):
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=doc, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default="paper", help="a set of the below")
+    texts = field_texts(config_class)
     for f in fields(config_class):
-        text = f"{field_texts(config_class)[f.name]} (default: {f.default!r})".replace("%", "%%")
+        text = f"{texts[f.name]} (default: {f.default!r})".replace("%", "%%")
         kind = dict(type=f.type)
         if get_args(f.type):
             kind = dict(choices=get_args(f.type))
