@@ -200,7 +200,8 @@ class ViT(nn.Module):
             )
         if config.position == "shared_relative":
             self.rel_pos_bias = RelativePositionBias(config)
-        rates = [config.drop_path * l / max(1, config.depth - 1) for l in range(config.depth)]
+        last = max(1, config.depth - 1)
+        rates = [config.drop_path * number / last for number in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
 
     @torch.no_grad()

@@ -313,7 +313,7 @@ def save_checkpoint(out, **state):
 
 
 def load_checkpoint(out):
-    """What save_checkpoint wrote last, or before that if that file is damaged; None if it never did."""
+    """What save_checkpoint wrote last, or before that if that is damaged; None if it never did."""
     paths = [os.path.join(out, name) for name in ("checkpoint.pt", "previous.pt")]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
@@ -1026,9 +1026,10 @@ def plan(config):
     activations = (step(trial) - step(half)) / (trial - half or 1)  # the rest is weights
     with FlopCounterMode(display=False) as counter:
         step(half)
-    clock = time.time()
-    step(trial)
-    speed = config.images_per_s or trial / (time.time() - clock)
+    speed, clock = config.images_per_s, time.time()
+    if not speed:
+        step(trial)
+        speed = trial / (time.time() - clock)
     flops = counter.get_total_flops() / half
     weights = 16 * sum(parameter.numel() for parameter in objective.parameters())
     days = steps * config.batch_size / (speed * processes) / 86_400

@@ -5,10 +5,10 @@
 timm and transformers are compared with where they are installed. No network and no GPU are needed.
 """
 
+import argparse
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -79,8 +79,8 @@ def dvae(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dalle(tmp_path_factory):
-    """A folder with full-size DALL-E modules of random weights, pickled as OpenAI's files are, and the
-    modules. The official files predate an attribute of nn.Upsample, so it is taken out."""
+    """A folder with full-size DALL-E modules of random weights, pickled as OpenAI's files are, and
+    the modules. The official files predate an attribute of nn.Upsample, so it is taken out."""
     import dall_e
 
     folder = tmp_path_factory.mktemp("dalle")
@@ -122,9 +122,10 @@ def test_blocks_are_rectangles_of_the_asked_size_and_aspect():
             assert h < 14 and w < 14
     assert len(ratios) > 100 and 0.2 < min(ratios) < 0.5 and 2 < max(ratios) < 5
     assert abs(np.log(ratios).mean()) < 0.2  # tall and wide alike
-    masks = [blockwise_mask(14, 14, 75, 16, 20, rng=np.random.default_rng(s)) for s in range(200)]
+    masks = [blockwise_mask(14, 14, 75, 16, 20, rng=rng) for _ in range(200)]
     jumps = np.mean([(mask[1:] != mask[:-1]).sum() for mask in masks])
-    mixed = np.mean([(m[1:] != m[:-1]).sum() for m in (random_mask(14, 14, 75) for _ in range(200))])
+    mixed = [random_mask(14, 14, 75, rng) for _ in range(200)]
+    mixed = np.mean([(mask[1:] != mask[:-1]).sum() for mask in mixed])
     assert jumps < mixed / 2
 
 
@@ -390,8 +391,7 @@ def test_weights_go_out_and_come_back(tmp_path):
     report = load_weights(other, tmp_path / "w.pth")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
     assert report.split("\n")[1:] == ["left out: none", "newly initialised: none"]
-    import argparse  # the official files hold their command line beside the weights
-
+    # the official files hold their command line beside the weights
     official = {"model": model.state_dict(), "args": argparse.Namespace(lr=1.0)}
     torch.save(official, tmp_path / "official.pth")
     backbone = small(cls=ViT)
@@ -659,7 +659,7 @@ def bad_inputs(tmp_path, dvae):
         ("mask", [*toy, "--min_block=60"], "min_block=60 with num_masked=25"),
         ("no mask", [*toy, "--mask=none"], "--mask=none hides nothing to predict"),
         ("ratio", [*toy, "--mask_ratio=1.5"], "hide at least 1 patch and at most 63"),
-        ("tokenizer", [*TOY, out, "--tokenizer=vqvae:x"], "--tokenizer=vqvae:x: unknown; known are"),
+        ("tokenizer", [*TOY, out, "--tokenizer=vqvae:x"], "--tokenizer=vqvae:x: unknown; known"),
         ("no dalle", [*TOY, out, f"--tokenizer=dalle:{tmp_path}"], "needs DALL-E's encoder.pkl in"),
         ("no dvae", [*TOY, out, "--tokenizer=dvae:gone.pt"], "gone.pt: no such file"),
         ("weights", [*toy, "--weights=gone.pt"], "gone.pt: no such file"),
@@ -712,7 +712,7 @@ def test_tensorboard_is_optional(monkeypatch, capsys, tmp_path, dvae):
 
 
 def test_a_run_from_nothing_to_its_pictures(tmp_path):
-    """The README's first command at toy size: the dVAE, then BEiT, with everything that they write."""
+    """The README's first command at toy size: the dVAE, then BEiT, and all that they write."""
     words = [*TOY, f"--out={tmp_path}", "--tokenizer_steps=60", "--steps=60", "--eval_every=30"]
     words += ["--batch_size=16", "--val_images=32", "--num_workers=2"]
     done = python("pretrain.py", *words)
