@@ -992,9 +992,10 @@ def plan(config):
     if os.path.isdir(config.data):
         count = len(open_images(config)[0])
     steps, per_epoch, warmup = run_length(config, count)
-    tokenizer = load_dalle(None, device)
     if config.tokenizer.startswith("dvae"):
         tokenizer = DVAE(DVAEConfig(config.vocab_size, config.downsample, config.dvae_dim))
+    else:
+        tokenizer = load_dalle(None, device)
     torch.manual_seed(config.seed)
     objective = OBJECTIVES[config.task](config, tokenizer.to(device)).to(device)
     processes = config.processes or world_size()
