@@ -1,5 +1,6 @@
-"""BEiT's networks in plain PyTorch: the ViT backbone, the masked-image-modelling head, weights in
-and out.
+"""BEiT's networks in plain PyTorch: the ViT backbone, its heads, weights in and out.
+
+    python model.py export --weights=out/beit_base/checkpoint.pt --to=transformers OUT
 
 Read `ViT.forward` and `BEiT.forward` first. Parameter names are those of the official checkpoints
 (github.com/microsoft/unilm, beit), which timm shares, so weights move both ways with no map.
@@ -7,8 +8,11 @@ Shapes: B images, N = h * w patches of a (h, w) grid, D channels, and one [CLS] 
 patches.
 """
 
+import argparse
+import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -239,21 +243,28 @@ class ViT(nn.Module):
         biases = [F.embedding(self.relative_index, table).permute(2, 0, 1) for table in tables]
         return biases if len(biases) == len(self.blocks) else (biases or [None]) * len(self.blocks)
 
-    def encode(self, x, layers=None):
-        """Patch embeddings (B, N, D) -> features (B, 1 + N, D) after the first `layers` blocks, or
-        after all."""
+    def layers(self, x):
+        """Patch embeddings (B, N, D) -> what enters the first block, then what leaves each block:
+        depth + 1 times (B, 1 + N, D)."""
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
-        for block, bias in zip(self.blocks[:layers], self.position_biases()):
+        x = x if self.pos_embed is None else x + self.pos_embed
+        yield x
+        for block, bias in zip(self.blocks, self.position_biases()):
             x = block(x, bias)
+            yield x
+
+    def encode(self, x):
+        """Patch embeddings (B, N, D) -> features of [CLS] and the patches, (B, 1 + N, D)."""
+        for x in self.layers(x):
+            pass
         return x
 
     def attention(self, images):
         """The last block's attention weights for images (B, 3, H, W), normalised:
         (B, heads, 1 + N queries, 1 + N keys)."""
         last, bias = self.blocks[-1], self.position_biases()[-1]
-        return last.attn.weights(last.norm1(self.encode(self.embed(images), layers=-1)), bias)
+        *_, x, _ = self.layers(self.embed(images))
+        return last.attn.weights(last.norm1(x), bias)
 
     def forward(self, images):
         """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, (B, 1 + N, D),
@@ -281,6 +292,22 @@ class BEiT(ViT):
         index = (mask if predict is None else predict).flatten().nonzero().squeeze(1)
         index = index.to(x.device, non_blocking=True)  # of a mask on the CPU: no GPU waits for it
         return self.lm_head(self.norm(x[index]))
+
+
+class Classifier(ViT):
+    """Fine-tuning (sec. 2.6): the mean of the patches' features, a norm and a linear layer."""
+
+    def __init__(self, config, num_classes):
+        super().__init__(config)
+        self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, num_classes)
+        self.init_weights()
+        with torch.no_grad():  # starts as "no idea", so that the first steps spare the backbone
+            self.head.weight.mul_(0.001)
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised -> logits (B, classes)."""
+        return self.head(self.fc_norm(super().forward(images)[:, 1:].mean(dim=1)))
 
 
 def param_groups(model, lr, weight_decay, layer_decay=1.0):
@@ -331,47 +358,158 @@ def write_atomically(path, write, keep=None):
             os.remove(temporary)
 
 
-def load_weights(model, path, mode="bicubic"):
-    """Copy the weights in `path` (one of our checkpoints or an official one) into `model` by name.
+# Our name -> transformers', for what lies in its `beit.`, in one of its layers, and in its heads
+HF_BACKBONE = {
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "rel_pos_bias": "encoder.relative_position_bias",
+    "fc_norm": "pooler.layernorm",
+}
+HF_LAYER = {
+    "norm1": "layernorm_before",
+    "attn.q_bias": "attention.attention.query.bias",
+    "attn.v_bias": "attention.attention.value.bias",
+    "attn": "attention.attention.relative_position_bias",  # its table
+    "attn.proj": "attention.output.dense",
+    "gamma_1": "lambda_1",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "gamma_2": "lambda_2",
+}
+HF_HEADS = {"norm": "layernorm", "lm_head": "lm_head", "head": "classifier"}
+
+
+def transformers_names(depth):
+    """[(our name, theirs)] of tensors or of the modules that hold them."""
+    names = [(ours, f"beit.{theirs}") for ours, theirs in HF_BACKBONE.items()]
+    for number in range(depth):
+        prefixes = f"blocks.{number}.", f"beit.encoder.layer.{number}."
+        names += [(prefixes[0] + ours, prefixes[1] + theirs) for ours, theirs in HF_LAYER.items()]
+    return names + list(HF_HEADS.items())
+
+
+def rename(name, names):
+    """`name` as the dict `names` has it, for the tensor or for its module; None if it has not."""
+    module, _, kind = name.rpartition(".")
+    return names.get(name) or (f"{names[module]}.{kind}" if module in names else None)
+
+
+def from_transformers(state, depth):
+    names = {theirs: ours for ours, theirs in transformers_names(depth)}
+    names["beit.layernorm"] = "norm"  # where some versions keep the masked model's
+    qkv = "beit.encoder.layer.{}.attention.attention.{}.weight"
+    out = {rename(name, names) or name: value for name, value in state.items()}
+    for number in range(depth):
+        parts = [out.pop(qkv.format(number, part)) for part in ("query", "key", "value")]
+        out[f"blocks.{number}.attn.qkv.weight"] = torch.cat(parts)
+    return out
+
+
+def to_transformers(state, depth):
+    names, out = dict(transformers_names(depth)), {}
+    for name, value in state.items():
+        if name.endswith("qkv.weight"):
+            module = f"beit.encoder.layer.{name.split('.')[1]}.attention.attention"
+            for part, third in zip(("query", "key", "value"), value.chunk(3)):
+                out[f"{module}.{part}.weight"] = third.contiguous()
+        else:
+            out[rename(name, names)] = value
+    return out
+
+
+def read_weights(path):
+    """(weights under the official names, their ViTConfig) of one of our checkpoints, an official
+    .pth, a timm state dict (.pth, .safetensors) or a transformers folder. The files other than
+    ours and transformers' do not say how many heads there are: 64 channels each, as in table 11.
+    Raises ValueError if it is none of them."""
+    path, arch = str(path), {}
+    if os.path.isdir(path):
+        files = [os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin")]
+        files = [file for file in files if os.path.exists(file)]
+        if not files or not os.path.exists(os.path.join(path, "config.json")):
+            raise ValueError(f"{path}: no transformers folder, which holds config.json and "
+                             "model.safetensors or pytorch_model.bin; give that or a file")
+        with open(os.path.join(path, "config.json")) as file:
+            theirs = json.load(file)
+        arch["heads"], depth = theirs.get("num_attention_heads"), theirs.get("num_hidden_layers")
+        if theirs.get("model_type") != "beit":
+            raise ValueError(f"{path}: model_type is {theirs.get('model_type')!r}, not 'beit'")
+        state = from_transformers(read_tensors(files[0]), depth)
+    else:
+        state = read_tensors(path)
+        arch = state.get("arch", {}) if isinstance(state.get("arch"), dict) else {}
+        state = state.get("model", state.get("module", state))
+    state = {k: v for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()}
+    if not {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
+        known = ", ".join(list(state)[:3]) or "no tensors"
+        raise ValueError(f"{path}: no weights of a BEiT; it holds {known}")
+    dim, _, _, patch = state["patch_embed.proj.weight"].shape
+    tables = [v for k, v in state.items() if k.endswith("relative_position_bias_table")]
+    if "pos_embed" in state:
+        position, grid = "absolute", math.isqrt(state["pos_embed"].shape[1] - 1)
+    else:
+        shared = "rel_pos_bias.relative_position_bias_table" in state
+        position = "shared_relative" if shared else "relative"
+        grid = (math.isqrt(len(tables[0]) - 3) + 1) // 2 if tables else 14
+    found = dict(image_size=grid * patch, patch_size=patch, dim=dim, position=position)
+    found["depth"] = sum(name.endswith("attn.qkv.weight") for name in state)
+    found["heads"] = tables[0].shape[1] if tables else max(1, dim // 64)
+    found["mlp_ratio"] = len(state["blocks.0.mlp.fc1.weight"]) / dim
+    found["layer_scale"] = 0.1 if "blocks.0.gamma_1" in state else 0.0
+    return state, ViTConfig(**(found | arch))
+
+
+def read_tensors(path):
+    if not path.endswith(".safetensors"):
+        checkpoint = read_checkpoint(path)
+        return checkpoint if isinstance(checkpoint, dict) else {}
+    return safetensors().load_file(path)
+
+
+def safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("a .safetensors file: first pip install safetensors") from None
+    return safetensors.torch
+
+
+def load_weights(model, path, mode="bicubic", head=False):
+    """Copy the weights in `path` (what read_weights reads) into `model` by name.
 
     Position embeddings and tables for another image size are resized; `mode` is F.interpolate's
-    (bicubic, bilinear for segmentation). A shared table is copied to every layer that wants its own
-    (sec. 2.3 of the official recipe). Heads and final norms may be missing or of another size: they
-    keep their init. Returns three lines that say what was loaded, left out and newly initialised.
-    Raises ValueError if a tensor of the backbone is missing or has another shape.
+    (bicubic, bilinear for segmentation). A table shared by all layers is copied to each that wants
+    its own, and many become their mean where one is shared. Heads and final norms may be missing or
+    of another size, and then keep their init, unless `head` asks for them. Returns three lines
+    that say what was loaded, left out and newly initialised. Raises ValueError naming the first
+    tensor that is missing or has another shape.
     """
-    state = read_checkpoint(path)
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    target = model.state_dict()
-    shared = state.get("rel_pos_bias.relative_position_bias_table")
-    if shared is not None and model.config.position == "relative":
-        for number in range(model.config.depth):
-            state[f"blocks.{number}.attn.relative_position_bias_table"] = shared
+    state, config = read_weights(path)
+    target, table = model.state_dict(), "relative_position_bias_table"
+    own = [f"blocks.{number}.attn.{table}" for number in range(config.depth)]
+    if model.config.position == "relative" and config.position == "shared_relative":
+        state |= dict.fromkeys(own, state.pop(f"rel_pos_bias.{table}"))
+    if model.config.position == "shared_relative" and config.position == "relative":
+        state[f"rel_pos_bias.{table}"] = torch.stack([state.pop(name) for name in own]).mean(dim=0)
+    heads = ("norm.", "lm_head.", "mask_token") + (() if head else ("head.", "fc_norm."))
     loaded = {}
-    for name, own in target.items():
-        head = name.startswith(("head.", "lm_head.", "norm.", "fc_norm.", "mask_token"))
+    for name, tensor in target.items():
         value = state.get(name)
-        if value is not None and name.endswith(("pos_embed", "relative_position_bias_table")):
-            value = resize_positions(value, own.shape, mode)
-        if value is None or value.shape != own.shape:
-            if head:
-                continue
+        if value is not None and name.endswith(("pos_embed", table)):
+            value = resize_positions(value, tensor.shape, mode)
+        if value is not None and value.shape == tensor.shape:
+            loaded[name] = value
+        elif not name.startswith(heads):
             found = "is not in it" if value is None else f"is {tuple(value.shape)} there"
-            raise ValueError(
-                f"{path}: {name} {found} and {tuple(own.shape)} in the model; give the --size, "
-                "--variant and --patch_size that the weights were trained with"
-            )
-        loaded[name] = value
+            raise ValueError(f"{path}: {name} {found} and {tuple(tensor.shape)} in the model; give "
+                             "the --size, --variant, --patch_size and classes it was trained with")
     model.load_state_dict(loaded, strict=False)
-    left, new = (
-        [name for name in state if name not in loaded],
-        [name for name in target if name not in loaded],
-    )
-    return (
-        f"loaded {len(loaded)} tensors from {path}\nleft out: {', '.join(left) or 'none'}\n"
-        f"newly initialised: {', '.join(new) or 'none'}"
-    )
+    left, new = ([name for name in a if name not in loaded] for a in (state, target))
+    return (f"loaded {len(loaded)} tensors from {path}\nleft out: {', '.join(left) or 'none'}\n"
+            f"newly initialised: {', '.join(new) or 'none'}")
 
 
 def resize_positions(value, shape, mode="bicubic"):
@@ -393,7 +531,64 @@ def resize_positions(value, shape, mode="bicubic"):
     )
 
 
-def export_weights(model, path):
-    """Write {"model": weights} under the official names; the official code and timm read it."""
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    write_atomically(path, lambda file: torch.save({"model": state}, file))
+def export_weights(path, to, out):
+    """Write the weights in `path` (what read_weights reads) for another library: with
+    to="transformers" the folder `out` for from_pretrained, with to="timm" the file `out` for
+    `timm.create_model(..., checkpoint_path=out)`, which the official code reads too."""
+    state, config = read_weights(path)
+    state = {name: value.float().contiguous() for name, value in state.items()}
+    if to == "timm":
+        state.pop("mask_token", None)
+        for kind in ("weight", "bias"):  # a masked model is timm's with a class for each token
+            if f"lm_head.{kind}" in state:
+                state[f"head.{kind}"] = state.pop(f"lm_head.{kind}")
+        shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
+        for number in range(config.depth if shared is not None else 0):
+            state[f"blocks.{number}.attn.relative_position_bias_table"] = shared
+        return write_atomically(out, lambda file: torch.save({"model": state}, file))
+
+    classes, words = state.get("head.bias", ()), state.get("lm_head.bias", ())
+    labels = {number: f"LABEL_{number}" for number in range(len(classes))}
+    task = "MaskedImageModeling" if len(words) else "ImageClassification"
+    theirs = dict(
+        model_type="beit", architectures=[f"BeitFor{task}"],
+        image_size=config.image_size, patch_size=config.patch_size, num_channels=3,
+        hidden_size=config.dim, num_hidden_layers=config.depth, num_attention_heads=config.heads,
+        intermediate_size=int(config.dim * config.mlp_ratio), hidden_act="gelu",
+        layer_norm_eps=1e-6, layer_scale_init_value=config.layer_scale,
+        drop_path_rate=config.drop_path, use_mask_token="mask_token" in state,
+        use_absolute_position_embeddings=config.position == "absolute",
+        use_relative_position_bias=config.position == "relative",
+        use_shared_relative_position_bias=config.position == "shared_relative",
+        use_mean_pooling=True,
+    )
+    theirs |= dict(vocab_size=len(words)) if len(words) else {}
+    theirs |= dict(id2label=labels, label2id={v: k for k, v in labels.items()}) if labels else {}
+    side = dict(height=config.image_size, width=config.image_size)
+    images = dict(image_processor_type="BeitImageProcessor", do_resize=True, size=side, resample=3,
+                  do_center_crop=False, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
+                  image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+    tensors = to_transformers(state, config.depth)
+    data = safetensors().save(tensors, metadata={"format": "pt"})
+    files = {"model.safetensors": data, "config.json": json.dumps(theirs, indent=1).encode()}
+    files["preprocessor_config.json"] = json.dumps(images, indent=1).encode()
+    for name, content in files.items():
+        write_atomically(os.path.join(out, name), lambda file: file.write(content))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Take weights to other libraries.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("out", help="the folder (transformers) or file (timm) to write")
+    parser.add_argument("--weights", required=True, help="one of our checkpoints, or official ones")
+    parser.add_argument("--to", required=True, choices=["transformers", "timm"])
+    options = parser.parse_args(argv)
+    try:
+        export_weights(options.weights, options.to, options.out)
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    print("wrote", options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from masking import blockwise_mask, random_mask
-from model import BEiT, ViT, ViTConfig, load_weights, param_groups, write_atomically
+from model import BEiT, ViT, ViTConfig, load_weights, param_groups, read_weights, write_atomically
 from tokenizer import DVAE, DVAEConfig, build_tokenizer, load_dalle, read_checkpoint
 
 # ---- the options ---------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class RunConfig:
 
     data: str = "imagenet"  # folder of images, searched to the bottom; or shapes, cifar10, cifar100
     out: str = "out/run"  # one folder a run: checkpoint.pt, metrics.jsonl, config.json, pictures
-    weights: str = ""  # a file of weights to start from; empty: the paper's init
+    weights: str = "none"  # file or folder of weights to start from (README); none: random ones
     size: str = "base"  # nano (for demos), tiny, small, base or large; the paper has base and large
     variant: str = "paper"  # paper: its tables' model; released: its checkpoints' (model.py)
     image_size: int = 224  # pixels a side, a multiple of patch_size; twice is four times the work
@@ -92,6 +92,7 @@ class RunConfig:
     eval_every: int = 6250  # steps between evaluations with pictures, 0 for one at the end
     save_every: int = 1250  # steps between checkpoints: what a crash loses; SIGTERM loses nothing
     val_images: int = 2048  # held-out images an evaluation reads; more is slower and less noisy
+    repeats: int = 1  # views of an image in one batch: repeated augmentation (arXiv 1902.05509)
     skip_bad_images: bool = False  # count and skip unreadable images; false stops at one
     tensorboard: bool = False  # also log for TensorBoard, which must be installed
 
@@ -268,7 +269,8 @@ def cosine(step, steps, warmup, peak, end):
 
 def run_length(config, count):
     """(steps of the run, steps an epoch, steps of warm-up) on `count` training images."""
-    for name in ("batch_size", "micro_batch", "epochs", "lr", "image_size", "patch_size"):
+    names = "batch_size micro_batch epochs lr image_size patch_size repeats"
+    for name in names.split():
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name}={getattr(config, name)}: give a number above 0")
     if not world_size() <= config.batch_size <= count:
@@ -380,12 +382,16 @@ class Images:
         key = self.keys[index]
         return key if isinstance(key, str) else f"{self.source} image {key}"
 
-    def load(self, index):
-        try:
-            return self.read(self.keys[index])
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
-            raise ValueError(f"{self.name(index)}: cannot be read as an image ({error}); remove it "
-                             "or give --skip_bad_images") from error
+    def load(self, index, skip_bad=False):
+        """(image, its index): the one at `index`, or if asked the first readable one after it."""
+        for found in (*range(index, len(self)), *range(index)):
+            try:
+                return self.read(self.keys[found]), found
+            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
+                if not skip_bad:
+                    raise ValueError(f"{self.name(found)}: cannot be read as an image ({error}); "
+                                     "remove it or give --skip_bad_images") from error
+        raise ValueError(f"{self.source}: no image in it can be read")
 
     def split(self, count):
         """(`count` images taken evenly from the whole list, the rest)."""
@@ -415,16 +421,19 @@ def read_image(path):
         return image.convert("RGB")
 
 
-def cifar_images(dataset, train):
+def open_cifar(dataset, train):
     """torchvision's CIFAR-10 or -100, downloaded once into torch's hub cache."""
     root = os.path.join(torch.hub.get_dir(), "cifar")
     try:
-        data = dataset(root, train=train, download=True).data  # (N, 32, 32, 3) uint8
+        return dataset(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{dataset.__name__}: download failed ({error}); put its archive into "
                          f"{root}, or give --data=FOLDER with the images as files") from error
-    read = functools.partial(from_array, data)
-    return Images(range(len(data)), read, dataset.__name__)
+
+
+def array_images(data, source):
+    """The images of an array (N, H, W, 3) uint8."""
+    return Images(range(len(data)), functools.partial(from_array, data), source)
 
 
 def from_array(data, index):
@@ -466,7 +475,7 @@ def draw_shapes(size, seed, index):
     tells them apart.
     """
     rng = np.random.default_rng([seed, index])
-    kinds = rng.integers(len(OUTLINES), size=rng.integers(3, 6))  # the last one is the large shape
+    kinds = shape_kinds(rng)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     ground = rng.random(3)
     image, labels = texture(x / size, y / size, ground, rng), np.zeros((size, size), np.uint8)
@@ -487,8 +496,19 @@ def draw_shapes(size, seed, index):
     return (image * 255).astype(np.uint8), int(kinds[-1]), labels
 
 
+def shape_kinds(rng):
+    """The kinds of an image's shapes, the large one last."""
+    return rng.integers(len(OUTLINES), size=rng.integers(3, 6))
+
+
 def shapes_image(size, seed, index):
     return Image.fromarray(draw_shapes(size, seed, index)[0])
+
+
+def open_shapes(size, train):
+    """The 20,000 training images or the 2,000 held-out ones of --data=shapes."""
+    read = functools.partial(shapes_image, size, int(train))
+    return Images(range(20_000 if train else 2_000), read, "shapes")
 
 
 def texture(x, y, colour, rng):
@@ -507,13 +527,10 @@ def texture(x, y, colour, rng):
 
 def open_images(config):
     """(training images, held-out images) of --data."""
-    shapes = functools.partial(shapes_image, config.image_size)
     built_in = {
-        "shapes": lambda train: Images(
-            range(20_000 if train else 2_000), functools.partial(shapes, int(train)), "shapes"
-        ),
-        "cifar10": lambda train: cifar_images(CIFAR10, train),
-        "cifar100": lambda train: cifar_images(CIFAR100, train),
+        "shapes": lambda train: open_shapes(config.image_size, train),
+        "cifar10": lambda train: array_images(open_cifar(CIFAR10, train).data, "CIFAR10"),
+        "cifar100": lambda train: array_images(open_cifar(CIFAR100, train).data, "CIFAR100"),
     }
     if config.data in built_in:
         train, val = built_in[config.data](True), built_in[config.data](False)
@@ -545,8 +562,8 @@ class Views(Dataset):
 
     dataset[epoch, index] is a dict of `images` (3, image_size, image_size) and `token_images`
     (3, token_size, token_size), uint8 of one crop, flip and jitter, of `mask` (grid, grid) bool,
-    True = hidden, and of `skipped`, how many unreadable images were passed over. All of it is a
-    function of (seed, epoch, index). Held-out images are cropped in the middle, no more.
+    True = hidden, and of `skipped`, whether it is the next one because the image is unreadable. All
+    of it is a function of (seed, epoch, index). Held-out images are cropped in the middle, no more.
     """
 
     def __init__(self, images, config, token_size, train):
@@ -573,8 +590,8 @@ class Views(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        image, skipped = self.load(index)
-        sample = {"skipped": skipped}
+        image, found = self.images.load(index, self.config.skip_bad_images)
+        sample = {"skipped": found != index}
         for name, transform in self.views.items():
             # the same seed for both views: the transforms draw the same crop, flip and jitter
             torch.default_generator.manual_seed(stream(self.config.seed, epoch, index))
@@ -585,16 +602,6 @@ class Views(Dataset):
         sample["mask"] = torch.from_numpy(mask)
         return sample
 
-    def load(self, index):
-        """(image, how many unreadable ones were passed over to find it)."""
-        for skipped in range(len(self.images)):
-            try:
-                return self.images.load((index + skipped) % len(self.images)), skipped
-            except ValueError:
-                if not self.config.skip_bad_images:
-                    raise
-        raise ValueError(f"--data={self.config.data}: no image in it can be read")
-
 
 @functools.lru_cache(maxsize=2)
 def permutation(count, seed, epoch):
@@ -603,10 +610,13 @@ def permutation(count, seed, epoch):
 
 def batch_of_step(step, count, config):
     """The (epoch, index) pairs of a step's whole batch: the next part of the epoch's permutation.
-    The last, incomplete part of an epoch is left out, as in the official code."""
+    The last, incomplete part of an epoch is left out, as in the official code. With --repeats an
+    image comes that often in a batch, far apart, and each time its first number is another."""
     epoch, part = divmod(step, count // config.batch_size)
-    order = permutation(count, config.seed, epoch)
-    return [(epoch, i) for i in order[part * config.batch_size : (part + 1) * config.batch_size]]
+    images = -(-config.batch_size // config.repeats)
+    order = permutation(count, config.seed, epoch)[part * images : (part + 1) * images]
+    copies = [(epoch * config.repeats + copy, i) for copy in range(config.repeats) for i in order]
+    return copies[: config.batch_size]
 
 
 def share(items):
@@ -645,6 +655,9 @@ def to_device(batch, device, progress):
 # `model` is what is saved under the official names. A new one is a class and a line in OBJECTIVES.
 
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB, for pixels in [0, 1]
+
+
 def pixels(images):
     """uint8 -> float32 in [0, 1]."""
     return images.float() / 255
@@ -652,7 +665,7 @@ def pixels(images):
 
 def normalise(images):
     """uint8 (B, 3, H, W) -> what the ViT sees: ImageNet's mean and standard deviation taken out."""
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)
+    mean, std = torch.tensor([MEAN, STD], device=images.device)
     return (pixels(images) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
@@ -802,11 +815,10 @@ def save_columns(path, columns):
 
 def attention(config):
     """Draw section 3.4's maps: what each head of the last block looks at from one patch."""
-    if not config.weights:
+    if config.weights == "none":
         raise ValueError("--task=attention: give --weights=FILE, a checkpoint.pt of --task=mim")
     device, _ = setup_device(config)
-    arch = read_checkpoint(config.weights).get("arch")
-    model = ViT(ViTConfig(**arch) if arch else vit_config(config))
+    model = ViT(read_weights(config.weights)[1])
     log(load_weights(model, config.weights))
     model.to(device).eval()
     size, patch, grid = model.config.image_size, model.config.patch_size, model.config.grid
@@ -867,7 +879,7 @@ def train(config):
             all_sum(0)
     torch.manual_seed(config.seed)
     objective = OBJECTIVES[config.task](config, tokenizer).to(device)
-    if config.weights:
+    if config.weights != "none":
         log(load_weights(objective.model, config.weights))
     dataset = Views(train_images, config, objective.token_size, train=True)
     val_dataset = Views(val_images, config, objective.token_size, train=False)
@@ -1055,7 +1067,7 @@ def main(argv=None):
         return attention(config)
     if config.task == "mim" and config.tokenizer == "dvae":
         out = os.path.join(config.out, "tokenizer")
-        first = dict(task="tokenizer", out=out, steps=config.tokenizer_steps, weights="")
+        first = dict(task="tokenizer", out=out, steps=config.tokenizer_steps, weights="none")
         if not train(replace(config, **first)):
             return None  # stopped by SIGTERM
     return train(config)

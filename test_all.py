@@ -25,7 +25,7 @@ from PIL import Image
 
 import pretrain
 from masking import blockwise_mask, random_mask
-from model import BEiT, ViT, ViTConfig, export_weights, load_weights, param_groups
+from model import BEiT, Classifier, ViT, ViTConfig, export_weights, load_weights, param_groups
 from tokenizer import DVAE, DVAEConfig, build_tokenizer, read_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -385,9 +385,63 @@ def small(image_size=32, position="absolute", cls=BEiT, **changes):
     return shake(cls(config, 10) if cls is BEiT else cls(config))
 
 
+def save(model, path):
+    torch.save({"model": model.state_dict(), "arch": asdict(model.config)}, path)
+
+
+@pytest.mark.parametrize("side", [224, 384])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("head", [BEiT, Classifier])
+def test_weights_go_to_other_libraries_and_back(head, variant, side, tmp_path):
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+    changes = dict(position="relative") if (head, variant) == (Classifier, "released") else {}
+    config = ViTConfig.named("tiny", variant, image_size=side, depth=2, **changes)
+    ours, again = shake(head(config, 10)), [head(config, 10).eval() for _ in range(3)]
+    images = torch.randn(1, 3, side, side)
+    mask = torch.rand(1, config.grid, config.grid) < 0.4
+    save(ours, tmp_path / "ours.pt")
+
+    folder, saved = tmp_path / "folder", tmp_path / "saved"
+    export_weights(tmp_path / "ours.pt", "transformers", folder)
+    masked = head is BEiT
+    kind = "BeitForMaskedImageModeling" if masked else "AutoModelForImageClassification"
+    theirs, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    theirs.eval().save_pretrained(saved)
+    with torch.no_grad():
+        if masked:
+            expected = theirs(images, bool_masked_pos=mask.flatten(1)).logits[mask.flatten(1)]
+        else:
+            expected = theirs(images).logits
+        inputs = (images, mask) if masked else (images,)
+        assert (ours(*inputs) - expected).abs().max() < 1e-4
+        for model, path in zip(again, (folder, saved)):
+            assert "newly initialised: none" in load_weights(model, path, head=True)
+            assert (model(*inputs) - expected).abs().max() < 1e-4
+
+    export_weights(tmp_path / "ours.pt", "timm", str(tmp_path / "timm.pth"))
+    paper = variant == "paper"
+    theirs = timm.create_model(
+        "beit_base_patch16_224", checkpoint_path=str(tmp_path / "timm.pth"), img_size=side,
+        embed_dim=192, num_heads=3, depth=2, num_classes=10, use_abs_pos_emb=paper,
+        use_rel_pos_bias=not paper, init_values=0.0 if paper else 0.1,
+        global_pool="" if masked else "avg",
+    ).eval()
+    with torch.no_grad():
+        if masked:  # timm's model hides no patches: compare the logits of all, none hidden
+            none = torch.zeros_like(mask)
+            assert (ours(images, none, ~none) - theirs(images)[0, 1:]).abs().max() < 1e-4
+        else:
+            assert (ours(images) - theirs(images)).abs().max() < 1e-4
+            torch.save(theirs.state_dict(), tmp_path / "state.pth")
+            assert "newly initialised: none" in load_weights(again[2], tmp_path / "state.pth")
+            assert (again[2](images) - theirs(images)).abs().max() < 1e-4
+
+
 def test_weights_go_out_and_come_back(tmp_path):
     model, other = small(), BEiT(small().config, 10)
-    export_weights(model, tmp_path / "w.pth")
+    save(model, tmp_path / "w.pth")
     report = load_weights(other, tmp_path / "w.pth")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
     assert report.split("\n")[1:] == ["left out: none", "newly initialised: none"]
@@ -404,7 +458,7 @@ def test_positions_are_resized_and_the_extra_rows_left(tmp_path):
     with torch.no_grad():  # a ramp stays a ramp away from the border
         ramp = torch.arange(8.0)[:, None].expand(8, 8)
         old.pos_embed[0, 1:] = ramp.reshape(64, 1).expand(64, 16)
-    export_weights(old, tmp_path / "a.pth")
+    save(old, tmp_path / "a.pth")
     new = small(48)  # 12 x 12
     load_weights(new, tmp_path / "a.pth")
     assert torch.equal(new.pos_embed[0, 0], old.pos_embed[0, 0])
@@ -416,7 +470,7 @@ def test_positions_are_resized_and_the_extra_rows_left(tmp_path):
         table = old.rel_pos_bias.relative_position_bias_table
         offsets = torch.arange(-7.0, 8)
         table[:225, 0] = (offsets[:, None] + 0 * offsets).flatten()  # the vertical offset
-    export_weights(old, tmp_path / "b.pth")
+    save(old, tmp_path / "b.pth")
     new = small(48, "relative")  # and one table for all layers becomes one for each
     load_weights(new, tmp_path / "b.pth")
     for block in new.blocks:
@@ -428,7 +482,7 @@ def test_positions_are_resized_and_the_extra_rows_left(tmp_path):
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
-    export_weights(small(), tmp_path / "w.pth")
+    save(small(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"cls_token is \(1, 1, 16\) there and \(1, 1, 8\)"):
         load_weights(small(dim=8), tmp_path / "w.pth")
     with pytest.raises(ValueError, match="blocks.2.gamma_1 is not in it"):
@@ -663,7 +717,7 @@ def bad_inputs(tmp_path, dvae):
         ("no dalle", [*TOY, out, f"--tokenizer=dalle:{tmp_path}"], "needs DALL-E's encoder.pkl in"),
         ("no dvae", [*TOY, out, "--tokenizer=dvae:gone.pt"], "gone.pt: no such file"),
         ("weights", [*toy, "--weights=gone.pt"], "gone.pt: no such file"),
-        ("shape", [*toy, f"--weights={dvae}"], "cls_token is not in it and (1, 1, 128)"),
+        ("shape", [*toy, f"--weights={dvae}"], "no weights of a BEiT; it holds"),
         ("attention", ["--task=attention"], "give --weights=FILE"),
         ("device", [*toy, "--device=tpu9"], "--device=tpu9: not on this machine"),
     ]
