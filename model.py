@@ -266,6 +266,13 @@ class ViT(nn.Module):
         *_, x, _ = self.layers(self.embed(images))
         return last.attn.weights(last.norm1(x), bias)
 
+    def mean_features(self, images):
+        """Images (B, 3, H, W), normalised -> for each block the mean of its patches' features, of
+        mean 0 and variance 1, for what looks at a frozen network (app. D): (depth, B, D)."""
+        _, *layers = self.layers(self.embed(images))
+        means = torch.stack([x[:, 1:].mean(dim=1) for x in layers])
+        return F.layer_norm(means, means.shape[2:])
+
     def forward(self, images):
         """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, (B, 1 + N, D),
         before any final norm."""
@@ -308,6 +315,24 @@ class Classifier(ViT):
     def forward(self, images):
         """Images (B, 3, H, W), normalised -> logits (B, classes)."""
         return self.head(self.fc_norm(super().forward(images)[:, 1:].mean(dim=1)))
+
+
+class LinearProbes(ViT):
+    """Linear classifiers of a frozen network's mean features (app. D), one for each of `layers`,
+    which count from 1. One pass of the network serves them all."""
+
+    def __init__(self, config, num_classes, layers):
+        super().__init__(config)
+        self.requires_grad_(False)
+        self.probed = layers
+        self.probes = nn.ModuleList(nn.Linear(config.dim, num_classes) for _ in layers)
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised -> logits (probes, B, classes)."""
+        with torch.no_grad():
+            means = self.mean_features(images)  # (depth, B, D)
+        pairs = zip(self.probes, self.probed, strict=True)
+        return torch.stack([probe(means[layer - 1]) for probe, layer in pairs])
 
 
 def param_groups(model, lr, weight_decay, layer_decay=1.0):
@@ -494,7 +519,7 @@ def load_weights(model, path, mode="bicubic", head=False):
         state |= dict.fromkeys(own, state.pop(f"rel_pos_bias.{table}"))
     if model.config.position == "shared_relative" and config.position == "relative":
         state[f"rel_pos_bias.{table}"] = torch.stack([state.pop(name) for name in own]).mean(dim=0)
-    heads = ("norm.", "lm_head.", "mask_token") + (() if head else ("head.", "fc_norm."))
+    heads = ("norm.", "lm_head.", "mask_token", "probes.") + (() if head else ("head.", "fc_norm."))
     loaded = {}
     for name, tensor in target.items():
         value = state.get(name)

@@ -91,7 +91,6 @@ class RunConfig:
     log_every: int = 50  # steps between log lines; each of them waits for the GPU
     eval_every: int = 6250  # steps between evaluations with pictures, 0 for one at the end
     save_every: int = 1250  # steps between checkpoints: what a crash loses; SIGTERM loses nothing
-    val_images: int = 2048  # held-out images an evaluation reads; more is slower and less noisy
     repeats: int = 1  # views of an image in one batch: repeated augmentation (arXiv 1902.05509)
     skip_bad_images: bool = False  # count and skip unreadable images; false stops at one
     tensorboard: bool = False  # also log for TensorBoard, which must be installed
@@ -110,6 +109,7 @@ class Config(RunConfig):
     tokenizer_steps: int = 50_000  # of training our own dVAE when --tokenizer=dvae does that first
     vocab_size: int = 8192  # tokens of our own dVAE; fewer are learnt faster and carry less detail
     downsample: int = 8  # pixels a side to a token of our own dVAE; a power of two
+    val_images: int = 2048  # held-out images an evaluation reads; more is slower and less noisy
     dvae_dim: int = 128  # channels of our own dVAE; twice is four times the work
     kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
     query: str = ""  # row,column of the patch that --task=attention asks; empty: the middle
@@ -118,14 +118,14 @@ class Config(RunConfig):
     images_per_s: float = 0.0  # of one process, for the plan's days; 0: measured now. V100: 148
 
 
-# A preset is what differs from the recipe. The demos' tokenizer is our own dVAE, trained first.
+# A preset is what differs from the recipe; a key like "size=large" holds what that option changes.
+# The demos' tokenizer is our own dVAE, trained first.
 DEMO = dict(size="nano", tokenizer="dvae", dvae_dim=64, downsample=4, batch_size=64, lr=3e-3)
 DEMO |= dict(warmup_epochs=0.2, num_workers=2, log_every=25)
 CIFAR = dict(DEMO, image_size=32, patch_size=4, crop_min=0.3, vocab_size=512)
 CIFAR |= dict(epochs=10, tokenizer_steps=1000, eval_every=1000, save_every=500)
 PRESETS = {
-    "paper": {},
-    "large": dict(size="large", clip_grad=1.0, micro_batch=64),
+    "paper": {"size=large": dict(clip_grad=1.0, micro_batch=64)},
     "shapes": dict(DEMO, data="shapes", out="out/shapes", image_size=64, patch_size=8, crop_min=0.5)
     | dict(vocab_size=256, steps=250, tokenizer_steps=300, eval_every=125, save_every=125)
     | dict(val_images=512),
@@ -147,7 +147,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(config_class, presets, argv=None, doc=""):
-    """The config of a command line: defaults, then the preset's values, then --FIELD=VALUE."""
+    """The config of a command line: defaults, then the preset's values, then --FIELD=VALUE. The
+    first preset is the default; a field whose type is a tuple takes the words without a name."""
 
     def boolean(text):
         if text.lower() not in ("true", "false"):
@@ -156,23 +157,33 @@ def parse_args(config_class, presets, argv=None, doc=""):
 
     style = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=doc, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("--preset", choices=presets, default="paper", help="a set of the below")
+    first = next(iter(presets))
+    parser.add_argument("--preset", choices=presets, default=first, help="a set of the below")
     texts = field_texts(config_class)
     for f in fields(config_class):
         text = f"{texts[f.name]} (default: {f.default!r})".replace("%", "%%")
-        kind = dict(type=f.type)
-        if get_args(f.type):
+        name, kind = f"--{f.name}", dict(type=f.type)
+        if f.type is tuple:
+            name, kind = f.name, dict(nargs="*")
+        elif get_args(f.type):
             kind = dict(choices=get_args(f.type))
         elif f.type is bool:
             kind = dict(type=boolean, nargs="?", const=True)  # --dry_run alone is --dry_run=true
-        parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, **kind)
+        parser.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    return config_class(**{**presets[given.pop("preset")], **given})
+    preset = presets[given.pop("preset")]
+    values = {name: value for name, value in preset.items() if "=" not in name}
+    chosen = asdict(config_class(**{**values, **given}))
+    for name, changes in preset.items():
+        field, _, value = name.partition("=")
+        if value and chosen[field] == value:
+            values |= changes
+    return config_class(**{**values, **given})
 
 
 def field_texts(config_class):
     """The comment behind each field, by the field's name."""
-    source = "".join(inspect.getsource(c) for c in config_class.__mro__[:-1])
+    source = "".join(inspect.getsource(c) for c in reversed(config_class.__mro__[:-1]))
     return dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", source, flags=re.MULTILINE))
 
 
@@ -329,6 +340,42 @@ def load_checkpoint(out):
     if paths:
         raise ValueError(f"{' and '.join(paths)}: damaged; --resume=never starts the run over")
     return None
+
+
+def prepare(objective, config, device, dtype, layer_decay=1.0):
+    """What a loop needs besides its data: (model, optimizer, scaler, save, start).
+
+    `model` is the objective, synchronised if there are several processes; `start` the step to begin
+    with, from OUT's checkpoint if there is one; save(step) writes that.
+    """
+    claim_folder(config)
+    groups = param_groups(objective.model, config.lr, config.weight_decay, layer_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    start, state = 0, load_checkpoint(config.out) if config.resume == "auto" else None
+    if state:
+        objective.load_state_dict(state["objective"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start = state["step"]
+    size = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    log(f"{size:,} parameters to train")
+    if config.compile:
+        for block in getattr(objective.model, "blocks", ()):
+            block.attn.compile()
+            block.mlp.compile()
+    model = objective
+    if world_size() > 1:  # without device_ids, which would move the masks to the GPU
+        model = DistributedDataParallel(objective, broadcast_buffers=False)
+
+    def save(step):
+        state = dict(objective=objective.state_dict(), optimizer=optimizer.state_dict())
+        state |= dict(scaler=scaler.state_dict(), step=step, config=asdict(config))
+        # the network again under its official names, for load_weights; it shares the storage
+        state |= dict(model=objective.model.state_dict(), arch=asdict(objective.model.config))
+        save_checkpoint(config.out, **state)
+
+    return model, optimizer, scaler, save, start
 
 
 class Metrics:
@@ -637,7 +684,7 @@ def ignore_sigterm(worker):
 
 def micro_batches(batch, size):
     """Split a batch, a dict of tensors with a row an image, into parts of at most `size` images."""
-    for first in range(0, len(batch["mask"]), size):
+    for first in range(0, len(next(iter(batch.values()))), size):
         yield {name: value[first : first + size] for name, value in batch.items()}
 
 
@@ -883,35 +930,11 @@ def train(config):
         log(load_weights(objective.model, config.weights))
     dataset = Views(train_images, config, objective.token_size, train=True)
     val_dataset = Views(val_images, config, objective.token_size, train=False)
-    claim_folder(config)
-    groups = param_groups(objective.model, config.lr, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    start, state = 0, load_checkpoint(config.out) if config.resume == "auto" else None
-    if state:
-        objective.load_state_dict(state["objective"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start = state["step"]
-    size = sum(parameter.numel() for parameter in objective.parameters())
+    model, optimizer, scaler, save, start = prepare(objective, config, device, dtype)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {per_epoch} an epoch, warm-up "
-        f"{warmup}; {size:,} parameters; {len(dataset):,} images, {len(val_dataset):,} held out")
+        f"{warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
     if start == steps:
         return True
-    if config.compile:
-        for block in getattr(objective.model, "blocks", ()):
-            block.attn.compile()
-            block.mlp.compile()
-    model = objective
-    if world_size() > 1:  # without device_ids, which would move the masks to the GPU
-        model = DistributedDataParallel(objective, broadcast_buffers=False)
-
-    def save(step):
-        state = dict(objective=objective.state_dict(), optimizer=optimizer.state_dict())
-        state |= dict(scaler=scaler.state_dict(), step=step, config=asdict(config))
-        # the network again under its official names, for load_weights; it shares the storage
-        state |= dict(model=objective.model.state_dict(), arch=asdict(objective.model.config))
-        save_checkpoint(config.out, **state)
 
     output, stopping = Metrics(config, start), []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))  # a cluster's preemption

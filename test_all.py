@@ -23,9 +23,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import finetune_cls
 import pretrain
 from masking import blockwise_mask, random_mask
-from model import BEiT, Classifier, ViT, ViTConfig, export_weights, load_weights, param_groups
+from model import (
+    BEiT, Classifier, LinearProbes, ViT, ViTConfig, export_weights, load_weights, param_groups,
+)
 from tokenizer import DVAE, DVAEConfig, build_tokenizer, read_checkpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -54,10 +57,23 @@ def toy(out, *words):
     return pretrain.read_metrics(f"{out}/metrics.jsonl")
 
 
-def error_of(capsys, *words):
+TOY_CLS = (
+    "--preset=shapes --image_size=32 --patch_size=8 --weights=none --steps=6 --batch_size=6 "
+    "--labels_per_class=0 --warmup_epochs=0 --num_workers=0 --log_every=1 --eval_every=0 "
+    "--save_every=2"
+).split()
+
+
+def toy_cls(out, *words):
+    """A toy run of fine-tuning in this process."""
+    finetune_cls.main([*TOY_CLS, f"--out={out}", *map(str, words)])
+    return pretrain.read_metrics(f"{out}/metrics.jsonl")
+
+
+def error_of(capsys, *words, script=pretrain):
     """The one line that a command with bad input prints; its exit code must be 2."""
     with pytest.raises(SystemExit) as stop:
-        pretrain.run(lambda: pretrain.main(list(map(str, words))))
+        pretrain.run(lambda: script.main(list(map(str, words))))
     assert stop.value.code == 2
     text = capsys.readouterr().err.strip()
     assert text.startswith("error: ") and "\n" not in text, text
@@ -357,23 +373,33 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     assert (kept | dropped).all() and abs(kept.float().mean() - 0.5) < 0.03
 
 
-def test_parameter_groups_follow_the_rule():
+# 0.65 to the power of 13, 12, ... 0: what the embeddings, the 12 blocks and the head learn by
+RATES = (
+    [0.00369720, 0.00568801, 0.00875078, 0.01346274, 0.02071191, 0.03186448, 0.04902228, 0.07541890]
+    + [0.11602906, 0.17850625, 0.27462500, 0.42250000, 0.65, 1.0]
+)
+DECAYED = {"patch_embed.proj.weight", "attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight"}
+DECAYED |= {"mlp.fc2.weight", "attn.relative_position_bias_table", "head.weight"}
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_parameter_groups_follow_the_rule(variant):
+    changes = dict(position="relative") if variant == "released" else {}
     with torch.device("meta"):
-        model = BEiT(ViTConfig.named("base", "released", position="relative"), 50)
+        model = Classifier(ViTConfig.named("base", variant, **changes), 1000)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    seen = {}
     for group in param_groups(model, 2.0, 0.05, layer_decay=0.65):
         for parameter in group["params"]:
             name = names.pop(parameter)
-            seen[name] = group["weight_decay"]
-            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else 13
-            if name.split(".")[0] in ("patch_embed", "cls_token", "mask_token"):
+            layer, inside = 13, name
+            if block := re.match(r"blocks\.(\d+)\.(.*)", name):
+                layer, inside = int(block[1]) + 1, block[2]
+            elif name.split(".")[0] in ("patch_embed", "cls_token", "pos_embed"):
                 layer = 0
-            assert math.isclose(group["lr"], 2 * 0.65 ** (13 - layer)), name
+            assert math.isclose(group["lr"], 2 * RATES[layer], rel_tol=1e-5), name
+            assert math.isclose(group["lr_scale"], RATES[layer], rel_tol=1e-5), name
+            assert group["weight_decay"] == (0.05 if inside in DECAYED else 0), name
     assert not names  # each parameter is in one group
-    for name, decay in seen.items():
-        spared = name.endswith(("bias", "gamma_1", "gamma_2")) or "norm" in name
-        assert decay == (0 if spared or name in ("cls_token", "pos_embed") else 0.05), name
 
 
 # ---- weights in and out --------------------------------------------------------------------------
@@ -513,7 +539,7 @@ def test_no_file_runs_code(tmp_path, dalle):
     with pytest.raises(ValueError, match="w.pth: damaged"):
         build_tokenizer(f"dvae:{tmp_path}/w.pth")
     assert not target.exists()
-    for script in ("tokenizer.py", "model.py", "pretrain.py"):
+    for script in ("tokenizer.py", "model.py", "pretrain.py", "finetune_cls.py"):
         source = open(os.path.join(HERE, script)).read()
         assert source.count("torch.load(") == source.count("weights_only=True"), script
 
@@ -663,20 +689,21 @@ def test_the_defaults_are_the_papers_table_12():
     assert {name: getattr(config, name) for name in recipe} == recipe
     assert round(config.mask_ratio * 196) == 75
     assert pretrain.run_length(config, 1_281_167)[0] == 500_000
-    large = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, ["--preset=large"])
+    large = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, ["--size=large"])
     assert (large.size, large.clip_grad) == ("large", 1.0)
 
 
-def test_every_field_has_a_text_and_is_read():
-    texts = pretrain.field_texts(pretrain.Config)
-    source = open(os.path.join(HERE, "pretrain.py")).read()
-    for field in fields(pretrain.Config):
+@pytest.mark.parametrize("script", [pretrain, finetune_cls])
+def test_every_field_has_a_text_and_is_read(script):
+    texts = pretrain.field_texts(script.Config)
+    source = open(pretrain.__file__).read() + open(script.__file__).read()
+    for field in fields(script.Config):
         assert len(texts[field.name].split()) >= 2, field.name
         named = rf"config\.{field.name}\b|\"{field.name}\""
         assert len(re.findall(named, source)) >= 1, field.name
-    shown = " ".join(python("pretrain.py", "--help").stdout.split())
+    shown = " ".join(python(script.__file__, "--help").stdout.split())
     for name, text in texts.items():
-        assert f"--{name}" in shown and " ".join(text.split()) in shown, name
+        assert name in shown and " ".join(text.split()) in shown, name
 
 
 def test_the_schedule():
@@ -857,15 +884,20 @@ def test_batches_do_not_depend_on_workers_or_processes(monkeypatch):
     assert sorted(epoch) == list(range(20_000))  # every image once an epoch
 
 
-def test_killed_runs_end_with_the_same_weights(tmp_path, dvae):
-    words = [*TOY, f"--tokenizer=dvae:{dvae}", "--steps=40", "--save_every=3", "--num_workers=2"]
+@pytest.mark.parametrize("script", ["pretrain", "finetune_cls"])
+def test_killed_runs_end_with_the_same_weights(script, tmp_path, dvae, labelled):
+    words = {
+        "pretrain": [*TOY, f"--tokenizer=dvae:{dvae}", "--steps=40"],
+        "finetune_cls": [*TOY_CLS, f"--data={labelled}", "--steps=40", "--mixup=0.8"],
+    }[script]
+    words = [f"{script}.py", *words, "--save_every=3", "--num_workers=2"]
     clock = time.time()
-    python("pretrain.py", *words, f"--out={tmp_path}/whole")
+    python(*words, f"--out={tmp_path}/whole")
     length = time.time() - clock
     rng = np.random.default_rng()
     kills = 0
     while kills < KILLS:
-        run = subprocess.Popen([sys.executable, "pretrain.py", *words, f"--out={tmp_path}/killed"],
+        run = subprocess.Popen([sys.executable, *words, f"--out={tmp_path}/killed"],
                                cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             _, error = run.communicate(timeout=rng.uniform(0.4, 1.0) * length)
@@ -877,7 +909,7 @@ def test_killed_runs_end_with_the_same_weights(tmp_path, dvae):
             run.kill()
             run.communicate()
             kills += 1
-    python("pretrain.py", *words, f"--out={tmp_path}/killed")
+    python(*words, f"--out={tmp_path}/killed")
     assert same_weights(tmp_path / "whole", tmp_path / "killed")
     lines = pretrain.read_metrics(tmp_path / "killed" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 41))
@@ -1018,23 +1050,329 @@ def test_base_trains_on_photographs_with_dalles_tokens(tmp_path, dalle):
     assert "newly initialised: none" in load_weights(model, f"{tmp_path}/out/checkpoint.pt")
 
 
+# ---- classification ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """A folder with 24 training and 10 held-out images of 3 classes: a class has a colour."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for part, counts in (("train", (8, 8, 8)), ("val", (4, 3, 3))):
+        for kind, count in enumerate(counts):
+            place = folder / part / "abc"[kind]
+            place.mkdir(parents=True)
+            for number in range(count):
+                image = rng.integers(0, 120, (40, 40, 3)).astype(np.uint8)
+                image[..., kind] += 100
+                Image.fromarray(image).save(place / f"{number}.png")
+    return folder
+
+
+def test_the_defaults_are_the_papers_table_13():
+    def config(*words):
+        return finetune_cls.parse_args(finetune_cls.Config, finetune_cls.PRESETS, list(words))
+
+    recipe = dict(epochs=100, batch_size=1024, lr=4e-3, min_lr=1e-6, warmup_epochs=20)
+    recipe |= dict(layer_decay=0.65, weight_decay=0.05, clip_grad=0, drop_path=0.1, smoothing=0.1)
+    recipe |= dict(mixup=0.8, cutmix=1.0, randaug=9, randaug_noise=0.5, erasing=0.25, repeats=3)
+    recipe |= dict(size="base", variant="paper", image_size=224, crop_min=0.08)
+    large = dict(recipe, size="large", epochs=50, warmup_epochs=5, layer_decay=0.75, repeats=1)
+    cifar = dict(recipe, epochs=150, batch_size=512, weight_decay=0.3, erasing=0)
+    high = dict(recipe, image_size=384, epochs=10)
+    for name in ("lr", "warmup_epochs"):
+        del high[name]
+    probe = dict(epochs=50, batch_size=1024, lr=4e-3, weight_decay=1e-4, mixup=0, cutmix=0)
+    probe |= dict(randaug=0, erasing=0, smoothing=0, repeats=1)
+    for words, expected in (
+        ([], recipe), (["--size=large"], large), (["--preset=cifar100"], cifar),
+        (["--preset=imagenet384"], high), (["--task=probe"], probe),
+    ):
+        found = config(*words)
+        assert {name: getattr(found, name) for name in expected} == expected, words
+    assert config("--size=large", "--epochs=30").epochs == 30  # what is given stands
+    for preset in finetune_cls.PRESETS:  # all build what they name
+        with torch.device("meta"):
+            assert finetune_cls.Classification(config(f"--preset={preset}", "--weights=none"), 10)
+
+
+def test_mixing_mixes_images_and_labels_alike():
+    labels = torch.arange(4)
+    images = labels.float().view(4, 1, 1, 1).expand(4, 3, 16, 16).contiguous()  # its label's number
+    kinds = {"mixup": 0, "cutmix": 0}
+    for seed in range(40):
+        torch.manual_seed(seed)
+        config = finetune_cls.Config(mixup=0.8, cutmix=1.0)
+        mixed, soft = finetune_cls.mix(images, labels, config, 4)
+        assert torch.allclose(soft.sum(1), torch.ones(4)) and soft.shape == (4, 4)
+        assert torch.allclose(mixed.mean((1, 2, 3)), soft @ torch.arange(4.0), atol=1e-4)
+        whole = torch.equal(mixed, mixed.round())  # cutmix keeps each pixel of one of the two
+        kinds["cutmix" if whole else "mixup"] += 1
+        assert ((soft > 0).sum(1) <= 2).all()
+    assert min(kinds.values()) >= 8
+    kept, same = finetune_cls.mix(images, labels, finetune_cls.Config(mixup=0, cutmix=0), 4)
+    assert kept is images and same is labels
+
+
+def test_training_views_are_augmented_and_evaluation_is_not(labelled):
+    settings = dict(data=str(labelled), image_size=32, patch_size=8, randaug=9.0, erasing=0.5)
+    config = finetune_cls.Config(**settings)
+    images, labels, *_ = finetune_cls.open_labelled(config)
+    views = finetune_cls.LabelledViews(images, labels, config, train=True)
+    samples = [views[epoch, 0] for epoch in range(40)]
+    assert torch.equal(samples[3]["images"], views[3, 0]["images"])  # a function of the key
+    assert len({sample["images"].numpy().tobytes() for sample in samples}) == 40
+    # erased pixels are standard normal noise, which reaches below what black becomes
+    black = -max(m / s for m, s in zip(pretrain.MEAN, pretrain.STD))
+    erased = np.mean([(s["images"] < black - 0.05).any().item() for s in samples])
+    assert 0.25 < erased < 0.75
+    plain = finetune_cls.LabelledViews(images, labels, config, train=False)[5, 0]["images"]
+    with Image.open(images.keys[0]) as image:
+        whole = image.resize((37, 37), Image.BICUBIC)
+    expected = (np.asarray(whole) / 255 - pretrain.MEAN) / pretrain.STD
+    inner = expected[2:34, 2:34].transpose(2, 0, 1)
+    assert abs(plain.numpy() - inner).mean() < 0.05 or abs(
+        plain.numpy() - expected[3:35, 3:35].transpose(2, 0, 1)
+    ).mean() < 0.05
+
+
+def test_randaugment_has_the_magnitude_it_is_told(monkeypatch):
+    seen = []
+    draw = finetune_cls.v2.RandAugment
+    monkeypatch.setattr(finetune_cls.v2, "RandAugment",
+                        lambda count, step, **k: seen.append(step) or draw(count, step, **k))
+    image = Image.fromarray(np.full((16, 16, 3), 90, np.uint8))
+    torch.manual_seed(0)
+    for _ in range(1000):
+        finetune_cls.rand_augment(9.0, 0.5, image)
+    assert abs(len(seen) / 2000 - 0.5) < 0.04  # each of two operations half of the time
+    assert abs(np.mean(seen) - 27) < 0.15 and abs(np.std(seen) - 1.5) < 0.15  # of 30, thrice 9
+
+
+def test_repeated_augmentation_shows_an_image_thrice_in_a_batch():
+    config = finetune_cls.Config(batch_size=12, repeats=3)
+    batch = pretrain.batch_of_step(5, 100, config)
+    indices = [index for _, index in batch]
+    assert len(set(indices)) == 4 and all(indices.count(i) == 3 for i in indices)
+    assert len(set(batch)) == 12  # and each time another view
+
+
+def test_few_labels_are_drawn_evenly_and_by_the_seed():
+    labels = np.repeat(np.arange(5), 40)
+    few = [finetune_cls.few_of_each(labels, 7, seed) for seed in (0, 0, 1)]
+    assert few[0] == few[1] != few[2]
+    assert (np.bincount(labels[few[0]]) == 7).all() and len(set(few[0])) == 35
+
+
+def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_path):
+    words = [f"--data={labelled}", "--steps=24", "--eval_every=12", "--lr=2e-3", "--batch_size=12"]
+    lines = toy_cls(tmp_path / "run", *words)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"] and lines[-1]["val_top1"] >= 0.8
+    assert lines[-1]["val_top5"] == 1  # of three classes
+    weights = tmp_path / "run" / "checkpoint.pt"
+    found = []
+    for processes, micro in ((1, 128), (3, 2)):  # 10 images: 3 do not divide them
+        done = python("finetune_cls.py", *TOY_CLS, "--task=eval", f"--weights={weights}",
+                      f"--data={labelled}", f"--micro_batch={micro}", processes=processes)
+        found.append(re.search(r"10 images val_loss ([\d.]+) (val_top1.*)", done.stdout))
+    assert found[0][2] == found[1][2]
+    assert math.isclose(float(found[0][1]), float(found[1][1]), rel_tol=1e-5)
+
+    model = Classifier(ViTConfig(**read_checkpoint(weights)["arch"]), 3)
+    load_weights(model, weights, head=True)
+    right = 0
+    for kind in range(3):  # the accuracy again, from the files
+        for path in sorted((labelled / "val" / "abc"[kind]).iterdir()):
+            with Image.open(path) as image:
+                pixels = np.asarray(image.resize((32, 32), Image.BICUBIC)) / 255
+            image = torch.tensor((pixels - pretrain.MEAN) / pretrain.STD).permute(2, 0, 1)
+            with torch.no_grad():
+                right += int(model.eval()(image[None].float()).argmax() == kind)
+    assert math.isclose(float(re.search(r"val_top1 ([\d.]+)", found[0][2])[1]), right / 10)
+
+
+def test_a_classifier_is_the_start_of_another_with_other_classes(labelled, tmp_path):
+    weights = tmp_path / "w.pt"
+    config = ViTConfig.named("nano", image_size=16, patch_size=8)
+    save(shake(Classifier(config, 7)), weights)
+    model = Classifier(ViTConfig.named("nano", image_size=32, patch_size=8), 3)
+    report = load_weights(model, weights).split("\n")
+    assert report[1] == "left out: head.weight, head.bias"
+    assert report[2] == "newly initialised: head.weight, head.bias"
+    lines = toy_cls(tmp_path / "run", f"--data={labelled}", f"--weights={weights}")
+    assert lines[-1]["step"] == 6
+
+
+def test_processes_accumulation_and_sam_do_not_change_the_gradient(labelled, tmp_path):
+    words = [*TOY_CLS, f"--data={labelled}", "--steps=1", "--drop_path=0", "--batch_size=10"]
+    for rho in (0, 0.5):
+        runs = {"one": (1, 10), "parts": (1, 3), "two": (2, 3)}
+        for name, (processes, micro) in runs.items():
+            python("finetune_cls.py", *words, f"--out={tmp_path}/{name}{rho}", f"--sam_rho={rho}",
+                   f"--micro_batch={micro}", processes=processes)
+        expected = gradients(tmp_path / f"one{rho}")
+        assert expected.abs().max() > 1e-3
+        for name in runs:
+            assert (gradients(tmp_path / f"{name}{rho}") - expected).abs().max() < 1e-6, name
+    change = gradients(tmp_path / "one0") - gradients(tmp_path / "one0.5")
+    assert change.abs().max() > 1e-4  # and SAM's is another one
+
+
+def test_sharpness_aware_minimisation_by_hand(labelled, tmp_path):
+    """A loss of two weights, (a - 1)^2 + 5 (b + 2)^2 at (2, 1): g = (2, 30)."""
+    weights = torch.nn.Parameter(torch.tensor([2.0, 1.0]))
+
+    def loss():
+        return (weights[0] - 1) ** 2 + 5 * (weights[1] + 2) ** 2
+
+    loss().backward()
+    before = finetune_cls.ascend([weights], 0.05)
+    length = math.hypot(2, 30)
+    a, b = 2 + 0.05 * 2 / length, 1 + 0.05 * 30 / length
+    assert np.allclose(weights.detach(), [a, b]) and np.allclose(before[0], [2, 1])
+    weights.grad = None
+    loss().backward()
+    assert np.allclose(weights.grad, [2 * (a - 1), 10 * (b + 2)])
+    words = [f"--data={labelled}", "--drop_path=0.5", "--mixup=0.8"]
+    toy_cls(tmp_path / "plain", *words)
+    toy_cls(tmp_path / "sam", *words, "--sam_rho=1e-30")  # nothing but the second pass
+    assert same_weights(tmp_path / "plain", tmp_path / "sam")
+    toy_cls(tmp_path / "wide", *words, "--sam_rho=0.5", "--dtype=float16")
+    assert not same_weights(tmp_path / "plain", tmp_path / "wide")
+
+
+def test_probes_of_all_layers_leave_the_network_as_it_is(labelled, tmp_path, capsys):
+    config = ViTConfig.named("nano", image_size=32, patch_size=8)
+    backbone = shake(ViT(config))
+    save(backbone, tmp_path / "w.pt")
+    words = [f"--data={labelled}", f"--weights={tmp_path}/w.pt", "--task=probe", "--steps=40"]
+    words += ["--batch_size=12", "--crop_min=0.9"]
+    line = toy_cls(tmp_path / "all", *words)[-1]
+    layers = [line[f"val_top1_layer_{number}"] for number in range(1, 7)]
+    assert line["val_top1"] == max(layers) >= 0.8
+    assert "layer  top-1" in capsys.readouterr().out
+    saved = read_checkpoint(tmp_path / "all" / "checkpoint.pt")["model"]
+    assert all(torch.equal(saved[name], value) for name, value in backbone.state_dict().items())
+    line = toy_cls(tmp_path / "one", *words, "--probe_layer=2", "--steps=2")[-1]
+    assert [name for name in line if "layer" in name] == ["val_top1_layer_2"]
+
+    model, outputs = LinearProbes(config, 3, [2, 5]).eval(), []
+    load_weights(model, tmp_path / "w.pt")
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, i, output: outputs.append(output.numpy()))
+    logits = model(torch.randn(2, 3, 32, 32)).detach().numpy()
+    for row, layer in enumerate([2, 5]):
+        mean = outputs[layer - 1][:, 1:].mean(1)
+        mean -= mean.mean(1, keepdims=True)
+        mean /= np.sqrt((mean**2).mean(1, keepdims=True) + 1e-5)
+        weight, bias = (p.detach().numpy() for p in model.probes[row].parameters())
+        assert np.allclose(logits[row], mean @ weight.T + bias, atol=1e-4)
+
+
+def test_nearest_neighbours_are_those_of_a_slow_loop(labelled, tmp_path):
+    config = ViTConfig.named("nano", image_size=32, patch_size=8)
+    model = shake(ViT(config))
+    save(model, tmp_path / "w.pt")
+    words = [*TOY_CLS, f"--data={labelled}", f"--weights={tmp_path}/w.pt", "--task=knn"]
+    line = finetune_cls.main([*words, "--neighbours=5"])
+    features = {}
+    for part in ("train", "val"):
+        rows = []
+        for path in sorted((labelled / part).glob("*/*.png")):
+            with Image.open(path) as image:
+                pixels = np.asarray(image.resize((32, 32), Image.BICUBIC)) / 255
+            image = torch.tensor((pixels - pretrain.MEAN) / pretrain.STD).permute(2, 0, 1)
+            with torch.no_grad():
+                row = model.mean_features(image[None].float())[3, 0].double().numpy()
+            rows.append((row / np.linalg.norm(row), "abc".index(path.parent.name)))
+        features[part] = rows
+    right = 0
+    for query, truth in features["val"]:
+        near = sorted(((query @ key, label) for key, label in features["train"]), reverse=True)[:5]
+        votes = [sum(math.exp(close / 0.07) for close, label in near if label == k)
+                 for k in range(3)]
+        right += int(np.argmax(votes) == truth)
+    assert math.isclose(line["val_top1_layer_4"], right / 10) and len(line) == 6
+
+
+def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name in "ab":
+        toy_cls(tmp_path / name, f"--data={labelled}", "--eval_every=2", f"--seed={ord(name)}")
+    finetune_cls.main(["--task=curves", f"{tmp_path}/a", f"{tmp_path}/b", f"--out={tmp_path}/c"])
+    with Image.open(tmp_path / "c" / "curves.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+    text = error_of(capsys, "--task=curves", f"{tmp_path}/no", script=finetune_cls)
+    assert "no metrics.jsonl with val_top1" in text
+    assert "name the folders" in error_of(capsys, "--task=curves", script=finetune_cls)
+
+
+def test_bad_input_of_classification_gets_one_line(labelled, tmp_path, capsys):
+    toy = [*TOY_CLS, f"--out={tmp_path}/out"]
+    data = f"--data={labelled}"
+    pixel = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    for case, classes in (("noval", ("train/a",)), ("differ", ("train/a", "train/b", "val/a")),
+                          ("loose", ("train", "val"))):
+        for place in classes:
+            (tmp_path / case / place).mkdir(parents=True)
+            pixel.save(tmp_path / case / place / "x.png")
+    for part in ("train", "val"):
+        (tmp_path / "cut" / part / "a").mkdir(parents=True)
+        for number in range(8):
+            Image.effect_noise((64, 64), 50).save(tmp_path / "cut" / part / "a" / f"{number}.jpg")
+    path = tmp_path / "cut" / "train" / "a" / "3.jpg"
+    path.write_bytes(path.read_bytes()[:700])
+    config = ViTConfig.named("nano", image_size=32, patch_size=8)
+    save(shake(Classifier(config, 5)), tmp_path / "five.pt")
+    cut = f"--data={tmp_path}/cut"
+    cases = [
+        ([f"--data={tmp_path}/noval"], "noval/val: no such folder"),
+        ([f"--data={tmp_path}/differ"], "2 classes in train/, 1 in val/; b is in one only"),
+        ([f"--data={tmp_path}/loose"], "x.png is in no class"),
+        ([cut], "3.jpg: cannot be read as an image"),
+        ([data, "--task=eval", f"--weights={tmp_path}/five.pt"],
+         "head.weight is (5, 128) there and (3, 128) in the model"),
+        ([data, f"--weights={tmp_path}/five.pt", "--size=tiny"],
+         "cls_token is (1, 1, 128) there and (1, 1, 192)"),
+        ([data, "--weights=gone.pt"], "gone.pt: no such file"),
+        ([data, "--task=probe"], "--task=probe: give --weights=FILE"),
+        ([data, "--probe_layer=7"], "--probe_layer=7: give 1 to 6"),
+        ([data, "--randaugment=3"], "did you mean --randaug?"),
+    ]
+    for words, message in cases:
+        text = error_of(capsys, *toy, *words, script=finetune_cls)
+        assert message in text, text
+    lines = toy_cls(tmp_path / "skip", cut, "--skip_bad_images")
+    assert lines[-1]["bad_images"] >= 1
+
+
 # ---- the README ----------------------------------------------------------------------------------
 
 
+SCRIPTS = {"pretrain": pretrain, "finetune_cls": finetune_cls}
+COUNTS = {"shapes": 20_000, "cifar10": 50_000, "cifar100": 50_000}  # training images
+
+
 def readme_commands():
+    """(script, its words) of each command in the README's shell blocks."""
     text = open(os.path.join(HERE, "README.md")).read()
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.DOTALL)
+    assert text.count("```") % 2 == 0
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
-    return [line.strip() for line in lines if re.search(r"\bpretrain\.py\b", line)]
+    found = [re.search(rf"\b({'|'.join(SCRIPTS)})\.py\b(.*)", line) for line in lines]
+    return [(m[1], shlex.split(m[2].split("&&")[0], comments=True)) for m in found if m]
 
 
-def test_every_command_of_the_readme_is_understood(capsys):
+def test_every_command_of_the_readme_is_understood():
     commands = readme_commands()
-    assert len(commands) >= 6
-    for command in commands:
-        words = shlex.split(command.split("pretrain.py", 1)[1].split("&&")[0].split("#")[0])
-        config = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, words)
-        if config.task != "attention":
-            count = {"shapes": 20_000, "cifar10": 50_000}.get(config.data, 1_281_167)
-            pretrain.run_length(config, count), pretrain.vit_config(config)
-        assert asdict(config)
+    assert len(commands) >= 12
+    for name, words in commands:
+        script = SCRIPTS[name]
+        config = pretrain.parse_args(script.Config, script.PRESETS, words)
+        if config.task not in ("attention", "curves"):
+            count = COUNTS.get(config.data, 1_281_167)
+            count = 8 * config.labels_per_class if getattr(config, "labels_per_class", 0) else count
+            pretrain.run_length(config, count)
+        if config.task in ("mim", "tokenizer"):
+            pretrain.vit_config(config)
