@@ -21,9 +21,7 @@ the schedule, checkpoints and logs are pretrain.py's; the loop is written out he
 import functools
 import math
 import os
-import signal
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -39,10 +37,9 @@ from tqdm import tqdm
 
 from model import Classifier, LinearProbes, ViT, ViTConfig, load_weights, write_atomically
 from pretrain import (
-    MEAN, OUTLINES, STD, Images, Metrics, RunConfig, all_sum, array_images, batch_of_step, cosine,
+    NORMS, OUTLINES, Images, Log, RunConfig, all_sum, array_images, batch_of_step, cosine,
     folder_images, loader, log, micro_batches, open_cifar, open_shapes, parse_args, prepare, rank,
-    read_history, read_metrics, run, run_length, setup_device, shape_kinds, share, stream,
-    world_size,
+    read_metrics, run, run_length, setup_device, shape_kinds, share, stream, world_size,
 )
 
 # ---- the options; the comment behind a field is its text in --help -------------------------------
@@ -71,7 +68,6 @@ class Config(RunConfig):
     erasing: float = 0.25  # probability that a rectangle of the image becomes noise
     crop_min: float = 0.08  # least area of a crop; raise it where images are tiny
     eval_crop: float = 0.875  # share of the side that evaluation sees; 1 at 384 px or tiny images
-    norm: Literal["imagenet", "half"] = "imagenet"  # pixel statistics; half: official 22k weights
     labels_per_class: int = 0  # train on only so many images of each class, drawn by the seed
     probe_layer: int = 0  # layer that --task=probe and knn look at, from 1; 0: each of them
     neighbours: int = 20  # of --task=knn; more smooth over rare classes
@@ -164,9 +160,6 @@ def few_of_each(labels, count, seed):
     return np.sort(np.concatenate(kept)).tolist()
 
 
-NORMS = {"imagenet": (MEAN, STD), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
-
-
 class LabelledViews(Dataset):
     """dataset[epoch, index] is a dict of `images` (3, H, W), normalised float32, of `labels`, the
     class's number, and of `skipped`, whether it is the next one because the image is unreadable.
@@ -204,7 +197,7 @@ class LabelledViews(Dataset):
 def rand_augment(magnitude, noise, image):
     """RandAugment as table 13's runs had it (timm's rand-m9-mstd0.5): two operations, each left out
     half of the time, of a magnitude around 9 of 10. torchvision counts 31 steps, from 0 to 30."""
-    bicubic, grey = v2.InterpolationMode.BICUBIC, [round(255 * mean) for mean in MEAN]
+    bicubic, grey = v2.InterpolationMode.BICUBIC, [124, 116, 104]  # ImageNet's mean
     for _ in range(2):
         step = int((3 * torch.normal(magnitude, noise, ())).round().clamp(0, 30))
         if torch.rand(()) < 0.5:
@@ -406,15 +399,10 @@ def train(config):
     if start == steps:
         return None
 
-    output, stopping = Metrics(config, start), []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))  # a cluster's preemption
     batches = (share(batch_of_step(s, len(dataset), config)) for s in range(start, steps))
     batches = loader(dataset, batches, config.num_workers, device)
-    bar = tqdm(total=steps, initial=start, disable=rank() > 0 or not sys.stderr.isatty())
-    intervals = (config.log_every, config.eval_every, config.save_every)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    history = []  # [loss, gradient norm] of each step since the host last read them
-    done, since, clock, skipped, bad_images = start, start, time.time(), 0, 0
+    output = Log(config, train_images, start, steps, per_epoch)
+    names, trained = ["loss", "grad_norm"], [p for p in model.parameters() if p.requires_grad]
 
     def backward(parts, seed):
         """Add up the gradients of the global batch's mean loss; returns this process's share."""
@@ -432,7 +420,7 @@ def train(config):
         return total
 
     for step, batch in enumerate(batches, start):
-        if all_sum(len(stopping))[0]:
+        if all_sum(output.stop)[0]:
             break
         lr = cosine(step, steps, warmup, config.lr, config.min_lr)
         for group in optimizer.param_groups:
@@ -454,36 +442,17 @@ def train(config):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        bar.update()
-        done, bad_images = step + 1, bad_images + int(batch["skipped"].sum())
-        history.append(torch.stack([loss, norm / world_size()]))
-        due = [(every > 0 and done % every == 0) or done == steps for every in intervals]
-        if not any(due):
+        to_log, to_evaluate, to_save = output.add(torch.stack([loss, norm / world_size()]), batch)
+        if not (to_log or to_evaluate or to_save):
             continue
-        rows = read_history(history, step, train_images, config)  # here the host waits for the GPU
-        skipped += int((~np.isfinite(rows[:, -1])).sum())  # steps that float16's scaler left out
-        line = {"step": done, "epoch": round(done / per_epoch, 4)}
-        if due[0]:
-            line |= dict(loss=rows[-1, 0], grad_norm=rows[-1, 1], lr=lr)
-            line["images_per_s"] = (done - since) * config.batch_size / (time.time() - clock)
-            line |= {"skipped_steps": skipped} if dtype == torch.float16 else {}
-            line |= {"bad_images": all_sum(bad_images)[0]} if config.skip_bad_images else {}
-        if due[1]:
+        line = output.read(names, lr)
+        if to_evaluate:
             line |= evaluate(objective, val_dataset, config, device, dtype)
-        if due[0] or due[1]:
-            output.write(line)
-        if due[2]:
-            save(done)
-        since, clock = done, time.time()
-
-    bar.close()
-    if done < steps:
-        read_history(history, done - 1, train_images, config)
-        save(done)
-        log(f"SIGTERM: saved step {done}; the same command goes on from there")
-    elif config.task == "probe":
+        output.write(line)
+        if to_save:
+            save(output.done)
+    if output.close(names, save) and config.task == "probe":
         print_table(line)
-    return None
 
 
 TASKS = {"train": train, "probe": train, "eval": train, "knn": knn, "curves": curves}

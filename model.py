@@ -95,16 +95,16 @@ class RelativePositionBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, config.heads))
 
 
-def relative_position_index(grid):
-    """(1 + N, 1 + N) int64: the row of the table for each query and key; N = grid * grid."""
-    side = 2 * grid - 1
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+def relative_position_index(height, width):
+    """(1 + N, 1 + N) int64: the row of the table for each query and key; N = height * width."""
+    side = 2 * width - 1
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place = (y * side + x).flatten()  # (N,)
-    index = torch.empty(grid * grid + 1, grid * grid + 1, dtype=torch.long)
-    index[1:, 1:] = (
-        place[:, None] - place[None, :] + side * side // 2
-    )  # the middle row is offset (0, 0)
-    index[0, :], index[:, 0], index[0, 0] = side * side, side * side + 1, side * side + 2
+    index = torch.empty(len(place) + 1, len(place) + 1, dtype=torch.long)
+    middle = (height - 1) * side + width - 1  # the row of offset (0, 0)
+    index[1:, 1:] = place[:, None] - place[None, :] + middle
+    last = (2 * height - 1) * side
+    index[0, :], index[:, 0], index[0, 0] = last, last + 1, last + 2
     return index
 
 
@@ -188,7 +188,12 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The backbone: patches, then blocks. Subclasses add a head under the official names."""
+    """The backbone: patches, then blocks. Subclasses add a head under the official names.
+
+    Images of any sides that are multiples of the patch will do: positions are interpolated from the
+    grid of config.image_size."""
+
+    resize = "bicubic"  # how positions are interpolated (F.interpolate's mode)
 
     def __init__(self, config):
         super().__init__()
@@ -200,7 +205,9 @@ class ViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, config.dim))
         else:
             self.register_buffer(
-                "relative_index", relative_position_index(config.grid), persistent=False
+                "relative_index",
+                relative_position_index(config.grid, config.grid),
+                persistent=False,
             )
         if config.position == "shared_relative":
             self.rel_pos_bias = RelativePositionBias(config)
@@ -223,60 +230,69 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """Images (B, 3, H, W), normalised -> patch embeddings (B, N, D)."""
-        if images.shape[2:] != (self.config.image_size, self.config.image_size):
-            raise ValueError(
-                f"images of {images.shape[2]}x{images.shape[3]} pixels for a model of "
-                f"image_size={self.config.image_size}"
-            )
+        patch = self.config.patch_size
+        if images.shape[2] % patch or images.shape[3] % patch:
+            raise ValueError(f"images of {images.shape[2]}x{images.shape[3]} pixels: the sides are "
+                             f"to be multiples of patch_size={patch}")
         return self.patch_embed(images)
 
-    def position_biases(self):
-        """For each block what is added to its attention logits: (heads, 1 + N, 1 + N) or None."""
+    def position_biases(self, grid):
+        """For each block what is added to its attention logits: (heads, 1 + N, 1 + N) or None;
+        `grid` is (height, width) of the patches."""
         owners = {
             "absolute": [],
             "shared_relative": [getattr(self, "rel_pos_bias", None)],
             "relative": [block.attn for block in self.blocks],
         }[self.config.position]
+        tables = [owner.relative_position_bias_table for owner in owners]
+        index = getattr(self, "relative_index", None)
+        if tables and grid != (self.config.grid, self.config.grid):
+            tables = [resize_positions(table, *grid, self.resize) for table in tables]
+            index = relative_position_index(*grid).to(index.device)
         # embedding() and not table[index]: its backward adds up in a fixed order, so that a resumed
         # run is bit-identical
-        tables = [owner.relative_position_bias_table for owner in owners]
-        biases = [F.embedding(self.relative_index, table).permute(2, 0, 1) for table in tables]
+        biases = [F.embedding(index, table).permute(2, 0, 1) for table in tables]
         return biases if len(biases) == len(self.blocks) else (biases or [None]) * len(self.blocks)
 
-    def layers(self, x):
-        """Patch embeddings (B, N, D) -> what enters the first block, then what leaves each block:
-        depth + 1 times (B, 1 + N, D)."""
+    def layers(self, x, grid):
+        """Patch embeddings (B, N, D) of a grid (height, width) -> what enters the first block, then
+        what leaves each block: depth + 1 times (B, 1 + N, D)."""
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
-        x = x if self.pos_embed is None else x + self.pos_embed
+        if self.pos_embed is not None:
+            x = x + resize_positions(self.pos_embed, *grid, self.resize)
         yield x
-        for block, bias in zip(self.blocks, self.position_biases()):
+        for block, bias in zip(self.blocks, self.position_biases(grid)):
             x = block(x, bias)
             yield x
 
-    def encode(self, x):
+    def encode(self, x, grid):
         """Patch embeddings (B, N, D) -> features of [CLS] and the patches, (B, 1 + N, D)."""
-        for x in self.layers(x):
+        for x in self.layers(x, grid):
             pass
         return x
+
+    def grid_of(self, images):
+        """(height, width) of the patches of images (B, 3, H, W)."""
+        return tuple(side // self.config.patch_size for side in images.shape[2:])
 
     def attention(self, images):
         """The last block's attention weights for images (B, 3, H, W), normalised:
         (B, heads, 1 + N queries, 1 + N keys)."""
-        last, bias = self.blocks[-1], self.position_biases()[-1]
-        *_, x, _ = self.layers(self.embed(images))
+        last, bias = self.blocks[-1], self.position_biases(self.grid_of(images))[-1]
+        *_, x, _ = self.layers(self.embed(images), self.grid_of(images))
         return last.attn.weights(last.norm1(x), bias)
 
     def mean_features(self, images):
         """Images (B, 3, H, W), normalised -> for each block the mean of its patches' features, of
         mean 0 and variance 1, for what looks at a frozen network (app. D): (depth, B, D)."""
-        _, *layers = self.layers(self.embed(images))
+        _, *layers = self.layers(self.embed(images), self.grid_of(images))
         means = torch.stack([x[:, 1:].mean(dim=1) for x in layers])
         return F.layer_norm(means, means.shape[2:])
 
     def forward(self, images):
         """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, (B, 1 + N, D),
         before any final norm."""
-        return self.encode(self.embed(images))
+        return self.encode(self.embed(images), self.grid_of(images))
 
 
 class BEiT(ViT):
@@ -295,7 +311,7 @@ class BEiT(ViT):
         other patches instead."""
         hidden = mask.flatten(1).unsqueeze(2).to(images.device)  # (B, N, 1)
         x = torch.where(hidden, self.mask_token, self.embed(images))  # (B, N, D)
-        x = self.encode(x)[:, 1:].flatten(0, 1)  # (B * N, D)
+        x = self.encode(x, tuple(mask.shape[1:]))[:, 1:].flatten(0, 1)  # (B * N, D)
         index = (mask if predict is None else predict).flatten().nonzero().squeeze(1)
         index = index.to(x.device, non_blocking=True)  # of a mask on the CPU: no GPU waits for it
         return self.lm_head(self.norm(x[index]))
@@ -333,6 +349,66 @@ class LinearProbes(ViT):
             means = self.mean_features(images)  # (depth, B, D)
         pairs = zip(self.probes, self.probed, strict=True)
         return torch.stack([probe(means[layer - 1]) for probe, layer in pairs])
+
+
+# Layers whose features the auxiliary heads see, by depth (SETR, arXiv 2012.15840); else quarters
+AUXILIARY = {24: (10, 15, 20, 24)}
+
+
+class UpsamplingHead(nn.Module):
+    """SETR's progressive upsampling: a LayerNorm, then for each of `scales` a 3x3 convolution to at
+    most 256 channels, batch norm, ReLU and a bilinear upsampling by that, then a 1x1 convolution.
+
+    For base, 150 classes and scales (2, 2, 2, 2) it has 3,581,078 parameters: 1,536 of the norm,
+    9 * 256 * (768 + 3 * 256) = 3,538,944 of the convolutions, 4 * 512 of the batch norms, 38,550 of
+    the last layer."""
+
+    def __init__(self, dim, num_classes, scales):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        width, layers = min(256, dim), []
+        for number, scale in enumerate(scales):
+            layers += [nn.Conv2d(width if number else dim, width, 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers += [nn.Upsample(scale_factor=scale, mode="bilinear")]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1))
+
+    def forward(self, x):
+        """Patch features (B, h, w, D) -> logits (B, classes, h * product of scales, w * ...)."""
+        return self.layers(self.norm(x).permute(0, 3, 1, 2).contiguous())
+
+
+class Segmenter(ViT):
+    """SETR-PUP (arXiv 2012.15840) on BEiT: a class for each pixel, from the last layer's patches.
+    Heads on four layers, which only training has, help to learn."""
+
+    resize = "bilinear"
+
+    def __init__(self, config, num_classes):
+        super().__init__(config)
+        halvings = config.patch_size.bit_length() - 1
+        if config.patch_size != 2**halvings or not halvings:
+            raise ValueError(f"patch_size={config.patch_size}: to be segmented, a power of two")
+        quarters = [round(config.depth * k / 4) for k in (1, 2, 3, 4)]
+        self.auxiliary = AUXILIARY.get(config.depth, quarters)
+        self.head = UpsamplingHead(config.dim, num_classes, [2] * halvings)
+        first = [min(4, config.patch_size)]
+        self.aux_heads = nn.ModuleList(
+            UpsamplingHead(config.dim, num_classes, first) for _ in self.auxiliary
+        )
+        self.init_weights()
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised -> logits (B, classes, H, W); in training a list of them,
+        the first of the head and the rest of the auxiliary heads."""
+        grid = self.grid_of(images)
+        layers = list(self.layers(self.embed(images), grid))
+        maps = [x[:, 1:].unflatten(1, grid) for x in layers]  # depth + 1 times (B, h, w, D)
+        logits = self.head(maps[-1])
+        if not self.training:
+            return logits
+        extra = [head(maps[layer]) for head, layer in zip(self.aux_heads, self.auxiliary)]
+        return [logits] + [F.interpolate(x, size=images.shape[2:], mode="bilinear") for x in extra]
 
 
 def param_groups(model, lr, weight_decay, layer_decay=1.0):
@@ -467,7 +543,9 @@ def read_weights(path):
         state = read_tensors(path)
         arch = state.get("arch", {}) if isinstance(state.get("arch"), dict) else {}
         state = state.get("model", state.get("module", state))
-    state = {k: v for k, v in state.items() if torch.is_tensor(v) and v.is_floating_point()}
+    # the official files hold the tables' index too, which follows from the grid
+    state = {k: v for k, v in state.items()
+             if torch.is_tensor(v) and not k.endswith("relative_position_index")}
     if not {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
         known = ", ".join(list(state)[:3]) or "no tensors"
         raise ValueError(f"{path}: no weights of a BEiT; it holds {known}")
@@ -502,15 +580,14 @@ def safetensors():
     return safetensors.torch
 
 
-def load_weights(model, path, mode="bicubic", head=False):
+def load_weights(model, path, head=False):
     """Copy the weights in `path` (what read_weights reads) into `model` by name.
 
-    Position embeddings and tables for another image size are resized; `mode` is F.interpolate's
-    (bicubic, bilinear for segmentation). A table shared by all layers is copied to each that wants
-    its own, and many become their mean where one is shared. Heads and final norms may be missing or
-    of another size, and then keep their init, unless `head` asks for them. Returns three lines
-    that say what was loaded, left out and newly initialised. Raises ValueError naming the first
-    tensor that is missing or has another shape.
+    Position embeddings and tables for another image size are interpolated. A table shared by all
+    layers is copied to each that wants its own, and many become their mean where one is shared.
+    Heads and final norms may be missing or of another size, and then keep their init, unless `head`
+    asks for them. Returns three lines that say what was loaded, left out and newly initialised.
+    Raises ValueError naming the first tensor that is missing or has another shape.
     """
     state, config = read_weights(path)
     target, table = model.state_dict(), "relative_position_bias_table"
@@ -519,12 +596,13 @@ def load_weights(model, path, mode="bicubic", head=False):
         state |= dict.fromkeys(own, state.pop(f"rel_pos_bias.{table}"))
     if model.config.position == "shared_relative" and config.position == "relative":
         state[f"rel_pos_bias.{table}"] = torch.stack([state.pop(name) for name in own]).mean(dim=0)
-    heads = ("norm.", "lm_head.", "mask_token", "probes.") + (() if head else ("head.", "fc_norm."))
+    heads = ("norm.", "lm_head.", "mask_token", "probes.", "aux_heads.")
+    heads += () if head else ("head.", "fc_norm.")
     loaded = {}
     for name, tensor in target.items():
         value = state.get(name)
         if value is not None and name.endswith(("pos_embed", table)):
-            value = resize_positions(value, tensor.shape, mode)
+            value = resize_positions(value, model.config.grid, model.config.grid, model.resize)
         if value is not None and value.shape == tensor.shape:
             loaded[name] = value
         elif not name.startswith(heads):
@@ -537,22 +615,22 @@ def load_weights(model, path, mode="bicubic", head=False):
             f"newly initialised: {', '.join(new) or 'none'}")
 
 
-def resize_positions(value, shape, mode="bicubic"):
-    """Position embeddings (1, 1 + N, D) or a relative table (side * side + 3, heads) for the grid
-    of `shape`. Only the 2-D part is interpolated; the [CLS] embedding and the three extra rows stay
-    as they are."""
-    if value.shape == shape or value.dim() != len(shape):
+def resize_positions(value, height, width, mode):
+    """Position embeddings (1, 1 + N, D), or a relative table (offsets + 3, heads), of a square grid
+    for one of height x width patches. Only the 2-D part is interpolated; the [CLS] embedding and
+    the three extra rows stay as they are."""
+    table, rows = value.dim() == 2, value.reshape(-1, value.shape[-1])
+    if table:
+        height, width = 2 * height - 1, 2 * width - 1
+    extra, grid_rows = (rows[-3:], rows[:-3]) if table else (rows[:1], rows[1:])
+    old = math.isqrt(len(grid_rows))
+    if (old, old) == (height, width):
         return value
-    table, length = value.dim() == 2, shape[-2]
-    extra = 3 if table else 1
-    rows = value.reshape(-1, value.shape[-1])
-    extra_rows, grid_rows = (rows[-3:], rows[:-3]) if table else (rows[:1], rows[1:])
-    old, new = math.isqrt(len(grid_rows)), math.isqrt(length - extra)
     grid_rows = grid_rows.T.reshape(1, -1, old, old).float()
-    grid_rows = F.interpolate(grid_rows, size=(new, new), mode=mode, align_corners=False)
-    grid_rows = grid_rows.reshape(-1, new * new).T.to(value.dtype)
-    return torch.cat([grid_rows, extra_rows] if table else [extra_rows, grid_rows]).reshape(
-        *shape[:-1], -1
+    grid_rows = F.interpolate(grid_rows, size=(height, width), mode=mode, align_corners=False)
+    grid_rows = grid_rows.reshape(-1, height * width).T.to(value.dtype)
+    return torch.cat([grid_rows, extra] if table else [extra, grid_rows]).reshape(
+        *value.shape[:-2], -1, value.shape[-1]
     )
 
 

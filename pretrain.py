@@ -79,6 +79,7 @@ class RunConfig:
     lr: float = 1.5e-3  # peak of the schedule; too high shows as a loss that jumps up early
     min_lr: float = 1e-5  # where the cosine ends
     warmup_epochs: float = 10  # linear warm-up; a ViT without one diverges at this lr
+    warmup_steps: int = 0  # length of the warm-up in steps instead; 0: as warmup_epochs says
     weight_decay: float = 0.05  # of matrices only; biases, norms and embeddings have none
     clip_grad: float = 3.0  # largest gradient norm, 0 for none; the paper clips large at 1.0
     drop_path: float = 0.1  # stochastic depth of the last block; longer runs bear more
@@ -92,6 +93,7 @@ class RunConfig:
     eval_every: int = 6250  # steps between evaluations with pictures, 0 for one at the end
     save_every: int = 1250  # steps between checkpoints: what a crash loses; SIGTERM loses nothing
     repeats: int = 1  # views of an image in one batch: repeated augmentation (arXiv 1902.05509)
+    norm: Literal["imagenet", "half"] = "imagenet"  # pixel statistics; half: official 22k weights
     skip_bad_images: bool = False  # count and skip unreadable images; false stops at one
     tensorboard: bool = False  # also log for TensorBoard, which must be installed
 
@@ -289,16 +291,16 @@ def run_length(config, count):
                          f"a process, to {count}, the training images in --data={config.data}")
     per_epoch = count // config.batch_size
     steps = config.steps or round(config.epochs * per_epoch)
-    warmup = round(config.warmup_epochs * per_epoch)
+    warmup = config.warmup_steps or round(config.warmup_epochs * per_epoch)
     if warmup >= steps:
         raise ValueError(f"--warmup_epochs={config.warmup_epochs:g}: is {warmup} steps of a run of "
-                         f"{steps}; lower it or train longer")
+                         f"{steps}; lower it (or --warmup_steps), or train longer")
     return steps, per_epoch, warmup
 
 
 # Fields that do not change the result, so that a run may go on with other values
 FREE = "out device num_workers micro_batch compile resume log_every eval_every save_every"
-FREE = f"{FREE} tensorboard skip_bad_images query dry_run processes images_per_s".split()
+FREE = f"{FREE} tensorboard skip_bad_images query dry_run processes images_per_s runs".split()
 
 
 def claim_folder(config):
@@ -378,31 +380,88 @@ def prepare(objective, config, device, dtype, layer_decay=1.0):
     return model, optimizer, scaler, save, start
 
 
-class Metrics:
-    """OUT/metrics.jsonl, a JSON object a line, and TensorBoard's files if asked for."""
+class Log:
+    """What a run tells: a progress bar, OUT/metrics.jsonl with a JSON object a line, TensorBoard's
+    files if asked for. `images` are those it trains on, of which it keeps what is there up to the
+    step `start`: a resumed run writes the later lines again."""
 
-    def __init__(self, config, step):
-        """Keep what is there up to `step`: a resumed run writes the later lines again."""
+    def __init__(self, config, images, start, steps, per_epoch):
+        self.config, self.images, self.steps, self.per_epoch = config, images, steps, per_epoch
+        self.done = self.since = start
+        self.clock, self.stop, self.history = time.time(), False, []
+        self.skipped_steps = self.bad_images = 0
+        signal.signal(signal.SIGTERM, self.on_sigterm)
+        self.bar = tqdm(total=steps, initial=start, disable=rank() > 0 or not sys.stderr.isatty())
         self.path, self.board = os.path.join(config.out, "metrics.jsonl"), None
         if rank() > 0:
             return
-        kept = "".join(json.dumps(x) + "\n" for x in read_metrics(self.path) if x["step"] <= step)
+        kept = "".join(json.dumps(x) + "\n" for x in read_metrics(self.path) if x["step"] <= start)
         write_atomically(self.path, lambda file: file.write(kept.encode()))
         if config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("--tensorboard: first pip install tensorboard") from None
-            self.board = SummaryWriter(config.out, purge_step=step)
+            self.board = SummaryWriter(config.out, purge_step=start)
+
+    def on_sigterm(self, *_):
+        """A cluster's preemption: the loop ends before its next step."""
+        self.stop = True
+
+    def add(self, row, batch):
+        """Note a step's loss, metrics and gradient norm, this process's share of each, without
+        waiting for the GPU. Returns whether to log, to evaluate and to save after it."""
+        self.history.append(row)
+        self.bad_images += int(batch["skipped"].sum())
+        self.done += 1
+        self.bar.update()
+        intervals = (self.config.log_every, self.config.eval_every, self.config.save_every)
+        last = self.done == self.steps
+        return [last or (every > 0 and self.done % every == 0) for every in intervals]
+
+    def read(self, names, lr):
+        """The last step as a dict; `names` are those of `row`. Here the host waits for the GPU.
+        Raises FloatingPointError at the first loss since the last time that is not finite."""
+        if not self.history:
+            return {}
+        rows = torch.stack(self.history).cpu()
+        rows = np.array(all_sum(*rows.flatten().tolist())).reshape(rows.shape)
+        for step, row in enumerate(rows, self.done - len(rows)):
+            if not np.isfinite(row[0]):
+                keys = batch_of_step(step, len(self.images), self.config)
+                files = ", ".join(self.images.name(index) for _, index in keys)
+                raise FloatingPointError(
+                    f"the loss of step {step + 1} is {row[0]}; the last checkpoint is untouched. "
+                    f"Lower --lr, or look at the images of its batch: {files}"
+                )
+        self.history.clear()
+        self.skipped_steps += int((~np.isfinite(rows[:, -1])).sum())  # by float16's loss scaling
+        line = {"step": self.done, "epoch": round(self.done / self.per_epoch, 4)}
+        line |= dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
+        seconds, self.clock = time.time() - self.clock, time.time()
+        line["images_per_s"] = (self.done - self.since) * self.config.batch_size / seconds
+        line |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
+        bad = all_sum(self.bad_images)[0] if self.config.skip_bad_images else 0
+        return line | ({"bad_images": bad} if bad else {})
 
     def write(self, line):
         log(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        self.since, self.clock = self.done, time.time()
         if rank() > 0:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, line["step"])
+
+    def close(self, names, save):
+        """After the loop: save what SIGTERM cut short. Returns whether the run is complete."""
+        self.bar.close()
+        if self.done < self.steps:
+            self.read(names, 0.0)
+            save(self.done)
+            log(f"SIGTERM: saved step {self.done}; the same command goes on from there")
+        return self.done == self.steps
 
 
 def read_metrics(path):
@@ -527,8 +586,8 @@ def draw_shapes(size, seed, index):
     ground = rng.random(3)
     image, labels = texture(x / size, y / size, ground, rng), np.zeros((size, size), np.uint8)
     for left, kind in reversed(list(enumerate(kinds[::-1]))):
-        radius = size * (rng.uniform(0.06, 0.12) if left else rng.uniform(0.18, 0.28))
-        centre = size * (rng.random(2) if left else rng.uniform(0.3, 0.7, 2))
+        radius = size * (rng.uniform(0.06, 0.12) if left else rng.uniform(0.25, 0.38))
+        centre = size * (rng.random(2) if left else rng.uniform(0.35, 0.65, 2))
         first = np.maximum(centre - 1.6 * radius, 0).astype(int)  # no outline reaches beyond 1.56
         end = (centre + 1.6 * radius + 2).astype(int)
         box = (slice(first[0], end[0]), slice(first[1], end[1]))
@@ -698,11 +757,16 @@ def to_device(batch, device, progress):
 
 # ---- objectives ----------------------------------------------------------------------------------
 # An objective is a module whose forward takes a batch and returns (loss, metrics), means over what
-# its `weight` counts, from which the loop makes the mean over all micro-batches and processes. Its
-# `model` is what is saved under the official names. A new one is a class and a line in OBJECTIVES.
+# its `weight` counts, from which the loop makes the mean over all micro-batches and processes;
+# `metrics` has their names in training. Its `model` is what is saved under the official names. A
+# new one is a class and a line in OBJECTIVES.
 
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's RGB, for pixels in [0, 1]
+# (mean, standard deviation) of RGB in [0, 1]: ImageNet's; those of the authors' ImageNet-22k models
+NORMS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 def pixels(images):
@@ -710,9 +774,9 @@ def pixels(images):
     return images.float() / 255
 
 
-def normalise(images):
-    """uint8 (B, 3, H, W) -> what the ViT sees: ImageNet's mean and standard deviation taken out."""
-    mean, std = torch.tensor([MEAN, STD], device=images.device)
+def normalise(images, norm):
+    """uint8 (B, 3, H, W) -> what the ViT sees: mean and standard deviation of `norm` taken out."""
+    mean, std = torch.tensor(NORMS[norm], device=images.device)
     return (pixels(images) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
@@ -737,11 +801,14 @@ def vit_config(config):
 class MaskedImageModelling(nn.Module):
     """The paper's objective: cross entropy of the hidden patches' visual tokens (eq. 2)."""
 
+    metrics = ["accuracy"]
+
     def __init__(self, config, tokenizer):
         super().__init__()
         if config.mask == "none" and config.predict == "masked":
             raise ValueError("--mask=none hides nothing to predict: give --predict=all with it")
         self.encode, self.decode = tokenizer.encode, tokenizer.decode  # frozen: not a submodule
+        self.norm = config.norm
         self.model, self.predict = BEiT(vit_config(config), tokenizer.vocab_size), config.predict
         self.token_size = self.model.config.grid * tokenizer.downsample
 
@@ -757,7 +824,7 @@ class MaskedImageModelling(nn.Module):
         tokens = self.encode(pixels(batch["token_images"]))  # (B, h, w)
         index = places.flatten().nonzero().squeeze(1).to(tokens.device, non_blocking=True)
         targets = tokens.flatten()[index]  # (predicted patches,)
-        logits = self.model(normalise(batch["images"]), batch["mask"], places)
+        logits = self.model(normalise(batch["images"], self.norm), batch["mask"], places)
         metrics = {"accuracy": (logits.argmax(dim=1) == targets).float().mean()}
         if not self.training:
             metrics["token_frequency"] = token_frequency(targets, logits.shape[1])
@@ -768,7 +835,7 @@ class MaskedImageModelling(nn.Module):
         """Columns of images (B, 3, H, W) in [0, 1], by their titles."""
         images, mask = pixels(batch["images"]), batch["mask"].to(batch["images"].device)
         tokens = self.encode(pixels(batch["token_images"]))
-        logits = self.model(normalise(batch["images"]), mask, torch.ones_like(mask))
+        logits = self.model(normalise(batch["images"], self.norm), mask, torch.ones_like(mask))
         filled = torch.where(mask, logits.argmax(dim=1).view_as(tokens), tokens)
         hidden = F.interpolate(mask[:, None].float(), size=images.shape[2:])
         columns = {"image": images, "masked": images * (1 - hidden) + 0.5 * hidden}
@@ -779,6 +846,8 @@ class MaskedImageModelling(nn.Module):
 
 class TokenizerTraining(nn.Module):
     """Our own dVAE (app. C): reconstruct images through Gumbel-softmax tokens."""
+
+    metrics = ["error", "kl"]
 
     def __init__(self, config, tokenizer):
         super().__init__()
@@ -889,7 +958,8 @@ def attention(config):
     for index in range(len(dataset)):
         image = dataset[0, index]["images"][None].to(device)
         with torch.no_grad():
-            weights = model.attention(normalise(image))[0, :, 1 + row * grid + column, 1:]
+            weights = model.attention(normalise(image, config.norm))
+        weights = weights[0, :, 1 + row * grid + column, 1:]
         heat = weights.view(-1, 1, grid, grid)  # (heads, 1, grid, grid)
         heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=size)
         shown = torch.cat([pixels(image), 0.35 * pixels(image) + 0.65 * heat * glow])
@@ -936,17 +1006,13 @@ def train(config):
     if start == steps:
         return True
 
-    output, stopping = Metrics(config, start), []
-    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))  # a cluster's preemption
     batches = (share(batch_of_step(s, len(dataset), config)) for s in range(start, steps))
     batches = loader(dataset, batches, config.num_workers, device)
-    bar = tqdm(total=steps, initial=start, disable=rank() > 0 or not sys.stderr.isatty())
-    intervals = (config.log_every, config.eval_every, config.save_every)
-    history = []  # [loss, metrics, gradient norm] of each step since the host last read them
-    done, since, clock, skipped, bad_images = start, start, time.time(), 0, 0
+    output = Log(config, train_images, start, steps, per_epoch)
+    names = ["loss", *objective.metrics, "grad_norm"]
 
     for step, batch in enumerate(batches, start):
-        weight, stop = all_sum(objective.weight(batch), len(stopping))
+        weight, stop = all_sum(objective.weight(batch), output.stop)
         if stop:
             break
         lr = cosine(step, steps, warmup, config.lr, config.min_lr)
@@ -969,55 +1035,19 @@ def train(config):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        bar.update()
-        done, bad_images = step + 1, bad_images + int(batch["skipped"].sum())
-        history.append(torch.cat([row, norm.view(1) / world_size()]))
-        due = [(every > 0 and done % every == 0) or done == steps for every in intervals]
-        if not any(due):
+        row = torch.cat([row, norm.view(1) / world_size()])
+        to_log, to_evaluate, to_save = output.add(row, batch)
+        if not (to_log or to_evaluate or to_save):
             continue
-        rows = read_history(history, step, train_images, config)  # here the host waits for the GPU
-        skipped += int((~np.isfinite(rows[:, -1])).sum())  # steps that float16's scaler left out
-        line = {"step": done, "epoch": round(done / per_epoch, 4)}
-        if due[0]:
-            names = ["loss", *metrics, "grad_norm"]
-            line |= dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
-            line["images_per_s"] = (done - since) * config.batch_size / (time.time() - clock)
-            line |= {"skipped_steps": skipped} if dtype == torch.float16 else {}
-            line |= {"bad_images": all_sum(bad_images)[0]} if config.skip_bad_images else {}
-        if due[1]:
-            line |= evaluate(objective, val_dataset, config, device, dtype, done / steps)
+        line = output.read(names, lr)
+        if to_evaluate:
+            line |= evaluate(objective, val_dataset, config, device, dtype, output.done / steps)
             if rank() == 0:
                 draw_reconstructions(objective, val_dataset, config, device)
-        if due[0] or due[1]:
-            output.write(line)
-        if due[2]:
-            save(done)
-        since, clock = done, time.time()
-
-    bar.close()
-    if done < steps:
-        read_history(history, done - 1, train_images, config)
-        save(done)
-        log(f"SIGTERM: saved step {done}; the same command goes on from there")
-    return done == steps
-
-
-def read_history(history, step, images, config):
-    """The global [loss, metrics, gradient norm] of the steps up to `step`, (steps, columns).
-    Empties `history`. Raises FloatingPointError at the first loss that is not finite."""
-    if not history:
-        return None
-    rows = torch.stack(history).cpu()
-    rows = np.array(all_sum(*rows.flatten().tolist())).reshape(rows.shape)
-    for number, row in enumerate(rows, step + 1 - len(rows)):
-        if not np.isfinite(row[0]):
-            files = (images.name(i) for _, i in batch_of_step(number, len(images), config))
-            raise FloatingPointError(
-                f"the loss of step {number + 1} is {row[0]}; the last checkpoint is untouched. "
-                f"Lower --lr, or look at the images of its batch: {', '.join(files)}"
-            )
-    history.clear()
-    return rows
+        output.write(line)
+        if to_save:
+            save(output.done)
+    return output.close(names, save)
 
 
 def plan(config):

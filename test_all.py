@@ -24,13 +24,24 @@ import torch.nn.functional as F
 from PIL import Image
 
 import finetune_cls
+import finetune_seg
 import pretrain
 from masking import blockwise_mask, random_mask
 from model import (
-    BEiT, Classifier, LinearProbes, ViT, ViTConfig, export_weights, load_weights, param_groups,
+    BEiT,
+    Classifier,
+    LinearProbes,
+    Segmenter,
+    UpsamplingHead,
+    ViT,
+    ViTConfig,
+    export_weights,
+    load_weights,
+    param_groups,
 )
 from tokenizer import DVAE, DVAEConfig, build_tokenizer, read_checkpoint
 
+MEAN, STD = pretrain.NORMS["imagenet"]
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOY = (
     "--preset=shapes --image_size=32 --patch_size=4 --downsample=2 --vocab_size=32 --dvae_dim=8 "
@@ -62,6 +73,19 @@ TOY_CLS = (
     "--labels_per_class=0 --warmup_epochs=0 --num_workers=0 --log_every=1 --eval_every=0 "
     "--save_every=2"
 ).split()
+
+
+TOY_SEG = (
+    "--preset=shapes --image_size=32 --patch_size=8 --weights=none --steps=6 --batch_size=6 "
+    "--stride=20 --num_classes=3 --ignore_zero=true --warmup_steps=0 --num_workers=0 --log_every=1 "
+    "--eval_every=0 --save_every=2"
+).split()
+
+
+def toy_seg(out, *words):
+    """A toy run of segmentation in this process."""
+    finetune_seg.main([*TOY_SEG, f"--out={out}", *map(str, words)])
+    return pretrain.read_metrics(f"{out}/metrics.jsonl")
 
 
 def toy_cls(out, *words):
@@ -308,7 +332,7 @@ def test_relative_positions_are_counted_as_the_formula_says():
     table = torch.arange(28 * 2.0).view(28, 2)  # (2 * 3 - 1) ** 2 + 3 rows
     with torch.no_grad():
         model.blocks[0].attn.relative_position_bias_table.copy_(table)
-    bias = model.position_biases()[0]
+    bias = model.position_biases((3, 3))[0]
     for head in range(2):
         for a in range(9):
             for b in range(9):
@@ -539,7 +563,7 @@ def test_no_file_runs_code(tmp_path, dalle):
     with pytest.raises(ValueError, match="w.pth: damaged"):
         build_tokenizer(f"dvae:{tmp_path}/w.pth")
     assert not target.exists()
-    for script in ("tokenizer.py", "model.py", "pretrain.py", "finetune_cls.py"):
+    for script in ("tokenizer.py", "model.py", "pretrain.py", "finetune_cls.py", "finetune_seg.py"):
         source = open(os.path.join(HERE, script)).read()
         assert source.count("torch.load(") == source.count("weights_only=True"), script
 
@@ -693,7 +717,7 @@ def test_the_defaults_are_the_papers_table_12():
     assert (large.size, large.clip_grad) == ("large", 1.0)
 
 
-@pytest.mark.parametrize("script", [pretrain, finetune_cls])
+@pytest.mark.parametrize("script", [pretrain, finetune_cls, finetune_seg])
 def test_every_field_has_a_text_and_is_read(script):
     texts = pretrain.field_texts(script.Config)
     source = open(pretrain.__file__).read() + open(script.__file__).read()
@@ -884,11 +908,12 @@ def test_batches_do_not_depend_on_workers_or_processes(monkeypatch):
     assert sorted(epoch) == list(range(20_000))  # every image once an epoch
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune_cls"])
-def test_killed_runs_end_with_the_same_weights(script, tmp_path, dvae, labelled):
+@pytest.mark.parametrize("script", ["pretrain", "finetune_cls", "finetune_seg"])
+def test_killed_runs_end_with_the_same_weights(script, tmp_path, dvae, labelled, mapped):
     words = {
         "pretrain": [*TOY, f"--tokenizer=dvae:{dvae}", "--steps=40"],
         "finetune_cls": [*TOY_CLS, f"--data={labelled}", "--steps=40", "--mixup=0.8"],
+        "finetune_seg": [*TOY_SEG, f"--data={mapped}", "--steps=40"],
     }[script]
     words = [f"{script}.py", *words, "--save_every=3", "--num_workers=2"]
     clock = time.time()
@@ -896,7 +921,7 @@ def test_killed_runs_end_with_the_same_weights(script, tmp_path, dvae, labelled)
     length = time.time() - clock
     rng = np.random.default_rng()
     kills = 0
-    while kills < KILLS:
+    while kills < (KILLS if script == "pretrain" else max(1, KILLS // 3)):
         run = subprocess.Popen([sys.executable, *words, f"--out={tmp_path}/killed"],
                                cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
@@ -942,10 +967,21 @@ def test_logging_and_saving_and_evaluating_do_not_change_the_training(tmp_path, 
     often = toy(tmp_path / "often", *words, "--eval_every=1", "--save_every=1")
     toy(tmp_path / "seldom", *words, "--log_every=3", "--eval_every=4", "--save_every=5")
     seldom = pretrain.read_metrics(tmp_path / "seldom" / "metrics.jsonl")
-    assert [line["step"] for line in seldom] == [3, 4, 6]
+    assert [line["step"] for line in seldom] == [3, 4, 5, 6]
     losses = {line["step"]: line["loss"] for line in often}
-    assert all(line["loss"] == losses[line["step"]] for line in seldom if "loss" in line)
+    assert all(line["loss"] == losses[line["step"]] for line in seldom)
     assert same_weights(tmp_path / "often", tmp_path / "seldom")
+
+
+def test_the_log_counts_the_steps_that_float16_left_out(tmp_path):
+    config = pretrain.Config(out=str(tmp_path), batch_size=4, log_every=3, eval_every=0)
+    output = pretrain.Log(config, None, 10, 20, per_epoch=5)
+    for norm in (1.0, math.inf, 2.0):
+        due = output.add(torch.tensor([0.5, norm]), {"skipped": torch.zeros(4)})
+    assert due == [False, False, False] and output.add(torch.ones(2), {"skipped": torch.ones(4)})
+    line = output.read(["loss", "grad_norm"], 0.1)
+    assert (line["skipped_steps"], line["step"], line["epoch"], line["lr"]) == (1, 14, 2.8, 0.1)
+    assert (line["loss"], line["grad_norm"]) == (1.0, 1.0)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dvae, capsys):
@@ -1006,8 +1042,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, dvae, capsys):
 def test_other_options_train_too(words, tmp_path, dvae):
     lines = toy(tmp_path, f"--tokenizer=dvae:{dvae}", "--steps=12", "--eval_every=6", *words)
     assert lines[-1]["loss"] < lines[0]["loss"] and math.isfinite(lines[-1]["val_loss"])
-    if "--dtype=float16" in words:
-        assert lines[-1]["skipped_steps"] >= 0
     model = BEiT(ViTConfig(**read_checkpoint(tmp_path / "checkpoint.pt")["arch"]), 32)
     assert "newly initialised: none" in load_weights(model, tmp_path / "checkpoint.pt")
     assert toy(tmp_path / "on", f"--tokenizer=dvae:{dvae}", "--steps=2", *words,
@@ -1123,13 +1157,13 @@ def test_training_views_are_augmented_and_evaluation_is_not(labelled):
     assert torch.equal(samples[3]["images"], views[3, 0]["images"])  # a function of the key
     assert len({sample["images"].numpy().tobytes() for sample in samples}) == 40
     # erased pixels are standard normal noise, which reaches below what black becomes
-    black = -max(m / s for m, s in zip(pretrain.MEAN, pretrain.STD))
+    black = -max(m / s for m, s in zip(MEAN, STD))
     erased = np.mean([(s["images"] < black - 0.05).any().item() for s in samples])
     assert 0.25 < erased < 0.75
     plain = finetune_cls.LabelledViews(images, labels, config, train=False)[5, 0]["images"]
     with Image.open(images.keys[0]) as image:
         whole = image.resize((37, 37), Image.BICUBIC)
-    expected = (np.asarray(whole) / 255 - pretrain.MEAN) / pretrain.STD
+    expected = (np.asarray(whole) / 255 - MEAN) / STD
     inner = expected[2:34, 2:34].transpose(2, 0, 1)
     assert abs(plain.numpy() - inner).mean() < 0.05 or abs(
         plain.numpy() - expected[3:35, 3:35].transpose(2, 0, 1)
@@ -1186,7 +1220,7 @@ def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_pat
         for path in sorted((labelled / "val" / "abc"[kind]).iterdir()):
             with Image.open(path) as image:
                 pixels = np.asarray(image.resize((32, 32), Image.BICUBIC)) / 255
-            image = torch.tensor((pixels - pretrain.MEAN) / pretrain.STD).permute(2, 0, 1)
+            image = torch.tensor((pixels - MEAN) / STD).permute(2, 0, 1)
             with torch.no_grad():
                 right += int(model.eval()(image[None].float()).argmax() == kind)
     assert math.isclose(float(re.search(r"val_top1 ([\d.]+)", found[0][2])[1]), right / 10)
@@ -1282,7 +1316,7 @@ def test_nearest_neighbours_are_those_of_a_slow_loop(labelled, tmp_path):
         for path in sorted((labelled / part).glob("*/*.png")):
             with Image.open(path) as image:
                 pixels = np.asarray(image.resize((32, 32), Image.BICUBIC)) / 255
-            image = torch.tensor((pixels - pretrain.MEAN) / pretrain.STD).permute(2, 0, 1)
+            image = torch.tensor((pixels - MEAN) / STD).permute(2, 0, 1)
             with torch.no_grad():
                 row = model.mean_features(image[None].float())[3, 0].double().numpy()
             rows.append((row / np.linalg.norm(row), "abc".index(path.parent.name)))
@@ -1347,11 +1381,293 @@ def test_bad_input_of_classification_gets_one_line(labelled, tmp_path, capsys):
     assert lines[-1]["bad_images"] >= 1
 
 
+# ---- segmentation --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def mapped(tmp_path_factory):
+    """A folder in ADE20K's layout with 12 and 5 images of several sizes: a colour is a class."""
+    folder = tmp_path_factory.mktemp("mapped")
+    rng = np.random.default_rng(0)
+    for part, count in (("training", 12), ("validation", 5)):
+        for kind in ("images", "annotations"):
+            (folder / kind / part).mkdir(parents=True)
+        for number in range(count):
+            height, width = rng.integers(30, 70, 2)
+            labels = rng.integers(0, 4, (height // 10 + 1, width // 10 + 1))
+            labels = labels.repeat(10, 0).repeat(10, 1)[:height, :width].astype(np.uint8)
+            image = rng.integers(0, 100, (height, width, 3)).astype(np.uint8)
+            for label in (1, 2, 3):
+                image[labels == label, label - 1] += 150
+            Image.fromarray(image).save(folder / "images" / part / f"{number}.png")
+            Image.fromarray(labels).save(folder / "annotations" / part / f"{number}.png")
+    return folder
+
+
+def test_the_defaults_are_the_papers_table_14():
+    config = finetune_seg.parse_args(finetune_seg.Config, finetune_seg.PRESETS, [])
+    recipe = dict(steps=160_000, batch_size=16, image_size=512, lr=1e-3, min_lr=0, clip_grad=0)
+    recipe |= dict(warmup_steps=1500, layer_decay=0.65, weight_decay=0.05, drop_path=0.1)
+    recipe |= dict(size="base", num_classes=150, ignore_zero=True, aux_weight=0.4, stride=341)
+    recipe |= dict(scale_min=0.5, scale_max=2, most_of_crop=0.75, scales="1", flip=False)
+    assert {name: getattr(config, name) for name in recipe} == recipe
+    assert pretrain.run_length(config, 20_210) == (160_000, 1263, 1500)
+    for step, share in ((0, 1 / 1500), (1499, 1), (1500, 1), (80_750, 0.5), (160_000, 0)):
+        assert math.isclose(finetune_seg.linear(step, 160_000, 1500, 2.0, 0.0), 2 * share)
+
+
+def test_the_head_of_base_at_any_size():
+    with torch.device("meta"):
+        head = UpsamplingHead(768, 150, [2, 2, 2, 2])
+        for height, width in ((14, 14), (32, 32), (32, 48)):
+            shape = head(torch.empty(2, height, width, 768)).shape
+            assert shape == (2, 150, 16 * height, 16 * width)
+        large = Segmenter(ViTConfig.named("large"), 150)
+    convolutions = 9 * (768 * 256 + 3 * 256 * 256)
+    count = 2 * 768 + convolutions + 4 * 2 * 256 + 256 * 150 + 150
+    assert sum(parameter.numel() for parameter in head.parameters()) == count == 3_581_078
+    assert large.auxiliary == (10, 15, 20, 24)
+    model = Segmenter(ViTConfig.named("nano", image_size=16, patch_size=4), 5)
+    assert Segmenter(ViTConfig(depth=12, dim=24, heads=2), 5).auxiliary == [3, 6, 9, 12]
+    for height, width in ((16, 16), (32, 16), (20, 36)):
+        images = torch.randn(2, 3, height, width)
+        outputs = model.train()(images)
+        assert len(outputs) == 5
+        assert all(output.shape == (2, 5, height, width) for output in outputs)
+        assert model.eval()(images).shape == (2, 5, height, width)
+    with pytest.raises(ValueError, match="18x16 pixels: the sides are to be multiples"):
+        model(torch.randn(1, 3, 18, 16))
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative", "shared_relative"])
+def test_positions_of_another_grid_are_interpolated_on_the_fly(position, tmp_path):
+    old = small(32, position, cls=ViT)
+    save(old, tmp_path / "w.pt")
+    new = small(48, position, cls=ViT)
+    load_weights(new, tmp_path / "w.pt")
+    images = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        assert (old(images) - new(images)).abs().max() < 1e-5
+        wide = old(images[..., :32])
+        assert wide.shape == (1, 1 + 12 * 8, 16)
+        if position != "absolute":  # offsets alone count: a shifted image has shifted features
+            bias = old.position_biases((12, 8))[0][:, 1:, 1:].view(2, 12, 8, 12, 8)
+            assert torch.equal(bias[:, 2, 1, 5, 6], bias[:, 6, 2, 9, 7])
+            assert not torch.equal(bias[:, 2, 1, 5, 6], bias[:, 5, 6, 2, 1])
+
+
+@pytest.mark.parametrize(
+    "height, width", [(32, 32), (33, 71), (71, 33), (20, 50), (50, 20), (9, 9), (64, 128)]
+)
+def test_windows_of_a_network_of_pixels_give_the_whole_image(height, width):
+    weight = torch.randn(4, 3)
+    sizes = []
+
+    def network(x):
+        sizes.append(tuple(x.shape[2:]))
+        return torch.einsum("kc,bchw->bkhw", weight, x).tanh()
+
+    image = torch.randn(1, 3, height, width)
+    for stride, batch in ((21, 1), (32, 5), (7, 16)):
+        logits = finetune_seg.slide(network, image, 32, stride, batch)
+        assert logits.shape == (1, 4, height, width)
+        assert (logits - network(image)).abs().max() < 1e-5
+        sizes.pop()
+    assert set(sizes) == {(32, 32)}
+
+
+def test_windows_that_overlap_are_averaged():
+    image = torch.zeros(1, 3, 8, 12)
+    number = iter([1.0, 4.0, 10.0])  # windows of 8 at columns 0, 3 and 4: the last at the border
+
+    def network(x):
+        return torch.cat([torch.full((1, 2, 8, 8), next(number)) for _ in x])
+
+    row = finetune_seg.slide(network, image, 8, 3)[0, 1, 5]
+    expected = [1, 1, 1, 2.5] + [5] * 4 + [7] * 3 + [10]
+    assert np.allclose(row, expected)
+
+
+def test_scores_equal_the_definitions():
+    rng = np.random.default_rng(0)
+    truth, found = rng.integers(-1, 6, (4, 30, 40)), rng.integers(0, 6, (4, 30, 40))
+    truth[truth == 2] = 3  # class 2 is never there but predicted, class 5 the other way round,
+    found[found == 5] = 1  # class 6 neither
+    matrix = sum(
+        finetune_seg.confusion(torch.tensor(t), torch.tensor(f), 7) for t, f in zip(truth, found)
+    )
+    means, iou, accuracy = finetune_seg.scores(matrix)
+    ious, accuracies, valid = [], [], truth >= 0
+    for k in range(7):
+        both = ((truth == k) & (found == k) & valid).sum()
+        either = (((truth == k) | (found == k)) & valid).sum()
+        ious.append(both / either if either else None)
+        accuracies.append(both / (truth == k).sum() if (truth == k).any() else None)
+    assert [v is None for v in ious] == [False] * 6 + [True]
+    assert np.allclose(iou[:6], ious[:6]) and np.isnan(iou[6])
+    assert math.isclose(means["miou"], np.mean(ious[:6]))
+    assert math.isclose(means["mean_accuracy"], np.mean([a for a in accuracies if a is not None]))
+    assert math.isclose(means["pixel_accuracy"], ((truth == found) & valid).sum() / valid.sum())
+    most = max(range(7), key=lambda k: (truth == k).sum())
+    constant = [((truth == k) & (k == most)).sum() / valid.sum() if k == most else 0
+                for k in range(7) if (truth == k).any()]
+    assert math.isclose(means["baseline_miou"], np.mean(constant))
+
+
+def test_label_maps_of_every_kind(tmp_path):
+    labels = np.arange(12).reshape(3, 4)
+    eight = Image.fromarray(labels.astype(np.uint8))
+    eight.save(tmp_path / "grey.png")
+    Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "deep.png")
+    eight.putpalette(np.random.default_rng(0).integers(0, 255, 768).astype(np.uint8).tobytes())
+    eight.save(tmp_path / "palette.png")
+    for name in ("grey", "deep", "palette"):
+        assert np.array_equal(finetune_seg.read_labels(tmp_path / f"{name}.png"), labels)
+    config = finetune_seg.Config(num_classes=11)
+    found = finetune_seg.classes_of(labels, config, "x.png", (3, 4))
+    assert np.array_equal(found.flatten(), [-1, *range(11)])
+    config = finetune_seg.Config(num_classes=12, ignore_zero=False)
+    assert np.array_equal(finetune_seg.classes_of(labels, config, "x.png", (3, 4)), labels)
+    for ignore in (True, False):  # 255 is what many tools write for "nothing"
+        config = finetune_seg.Config(num_classes=5, ignore_zero=ignore)
+        assert finetune_seg.classes_of(np.array([[255, 1]]), config, "x", (1, 2))[0, 0] == -1
+
+
+def test_training_crops_keep_image_and_labels_together(mapped):
+    config = finetune_seg.Config(data=str(mapped), image_size=32, num_classes=3, distort=False)
+    (images, maps), _ = finetune_seg.open_pairs(config)
+    dataset = finetune_seg.Pairs(images, maps, config, train=True)
+    sizes = set()
+    for epoch in range(60):
+        sample = dataset[epoch, epoch % 12]
+        image, labels = sample["images"], sample["labels"]
+        assert image.shape == (3, 32, 32) and labels.shape == (32, 32)
+        again = dataset[epoch, epoch % 12]
+        assert torch.equal(image, again["images"]) and torch.equal(labels, again["labels"])
+        colours = image * torch.tensor(STD).view(3, 1, 1)
+        colours = colours + torch.tensor(MEAN).view(3, 1, 1)
+        valid = labels >= 0
+        agree = (colours.argmax(0) == labels)[valid].float().mean()
+        assert agree > 0.8, epoch  # its channel is the brightest, but for edges
+        counts = torch.bincount(labels[valid])
+        sizes.add((counts.max() / counts.sum()).item() <= 0.75)
+    assert True in sizes
+    distorted = finetune_seg.Config(data=str(mapped), image_size=32, num_classes=3)
+    other = finetune_seg.Pairs(images, maps, distorted, train=True)
+    changed = [not torch.equal(other[e, 0]["images"], dataset[e, 0]["images"]) for e in range(20)]
+    assert sum(changed) > 12
+    assert all(torch.equal(other[e, 0]["labels"], dataset[e, 0]["labels"]) for e in range(20))
+
+
+def test_held_out_images_fit_the_test_size():
+    for size, expected in (((683, 512), [683, 512]), ((480, 360), [683, 512]),
+                           ((360, 480), [512, 683]), ((100, 1000), [205, 2048])):
+        assert finetune_seg.fitted(size, 512) == expected
+    assert finetune_seg.fitted((512, 1024), 512, 0.5) == [256, 512]
+
+
+def test_segmentation_learns_evaluates_and_predicts(mapped, tmp_path):
+    words = [f"--data={mapped}", "--steps=50", "--eval_every=25", "--batch_size=8", "--lr=3e-3"]
+    lines = toy_seg(tmp_path / "run", *words, "--distort=false")
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert lines[-1]["val_miou"] > 2 * lines[-1]["val_baseline_miou"]
+    with Image.open(tmp_path / "run" / "predictions.png") as picture:
+        assert picture.width > picture.height / 5 and picture.height > 300
+    weights = f"--weights={tmp_path}/run/checkpoint.pt"
+    found = []
+    for processes, micro in ((1, 16), (3, 1)):
+        done = python("finetune_seg.py", *TOY_SEG, "--task=eval", weights, f"--data={mapped}",
+                      f"--micro_batch={micro}", processes=processes)
+        found.append(re.search(r"5 images (val_miou.*)", done.stdout)[1])
+        assert "label     IoU  accuracy" in done.stdout
+    assert found[0] == found[1]
+    finetune_seg.main([*TOY_SEG, weights, f"--data={mapped}/images/validation", "--task=predict",
+                       f"--out={tmp_path}/predicted"])
+    matrix = 0
+    for number in range(5):  # the evaluation again, from the files
+        with Image.open(mapped / "annotations" / "validation" / f"{number}.png") as image:
+            truth = np.asarray(image).astype(int)
+        with Image.open(tmp_path / "predicted" / "labels" / f"{number}.png") as image:
+            labels = np.asarray(image).astype(int)
+            assert image.mode == "P"
+        with Image.open(tmp_path / "predicted" / "overlay" / f"{number}.png") as image:
+            assert image.size == truth.shape[::-1]
+        assert labels.shape == truth.shape and 1 <= labels.min() <= labels.max() <= 3
+        pair = (truth * 4 + labels)[truth > 0]
+        matrix = matrix + np.bincount(pair, minlength=16).reshape(4, 4)[1:, 1:]
+    iou = matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
+    assert math.isclose(float(re.search(r"val_miou ([\d.]+)", found[0])[1]), iou.mean(),
+                        rel_tol=1e-4)
+    more = finetune_seg.main([*TOY_SEG, "--task=eval", weights, f"--data={mapped}", "--flip",
+                              "--scales=0.75,1,1.5"])
+    assert abs(more["val_miou"] - iou.mean()) < 0.2
+    classifier = toy_seg(tmp_path / "inter", f"--data={mapped}", weights)
+    assert classifier[-1]["step"] == 6
+
+
+def test_accumulation_of_uneven_pixels_is_the_mean_over_all(mapped):
+    torch.manual_seed(0)
+    config = finetune_seg.parse_args(finetune_seg.Config, finetune_seg.PRESETS, TOY_SEG)
+    objective = finetune_seg.Segmentation(config).eval()  # batch norm apart
+    objective.model.forward = lambda images: [images[:, :, :, :] * 2, images - 1]
+    labels = torch.randint(-1, 3, (4, 8, 8))
+    labels[0] = -1
+    labels[1, :, :6] = -1
+    batch = dict(images=torch.randn(4, 3, 8, 8), labels=labels)
+    loss = objective(batch).item()
+    logits = batch["images"].double().numpy()
+    expected = 0
+    for scale, shift, weight in ((2, 0, 1), (1, -1, 0.4)):
+        x = logits * scale + shift
+        picked = np.log(np.exp(x).sum(1)) - np.take_along_axis(
+            x, labels.clamp(min=0).numpy()[:, None], 1)[:, 0]
+        expected += weight * picked[labels.numpy() >= 0].mean()
+    assert math.isclose(loss, expected, rel_tol=1e-5)
+    parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(1, 4)]
+    total = sum(objective(part).item() * objective.weight(part) for part in parts)
+    assert math.isclose(total / objective.weight(batch), loss, rel_tol=1e-5)
+    assert math.isfinite(objective({k: v[:1] for k, v in batch.items()}).item())  # none to learn
+
+
+def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
+    def folder(name, labels, size=(40, 40)):
+        for part in ("training", "validation"):
+            for kind in ("images", "annotations"):
+                (tmp_path / name / kind / part).mkdir(parents=True)
+            for number in range(6):
+                image = Image.fromarray(np.zeros((40, 40, 3), np.uint8))
+                image.save(tmp_path / name / "images" / part / f"{number}.png")
+                if labels is not None:
+                    labels.resize(size).save(
+                        tmp_path / name / "annotations" / part / f"{number}.png"
+                    )
+        return f"--data={tmp_path}/{name}"
+
+    toy = [*TOY_SEG, f"--out={tmp_path}/out"]
+    grey = Image.fromarray(np.full((40, 40), 2, np.uint8))
+    high = Image.fromarray(np.full((40, 40), 9, np.uint8))
+    cases = [
+        ([f"--data={tmp_path}"], "images/training: no such folder"),
+        ([folder("missing", None)], "0.png: has no label map of its name"),
+        ([folder("size", grey, (30, 40))], "a label map of 30x40 for an image of 40x40"),
+        ([folder("high", high)], "label 9 is above 3, the last of --num_classes=3"),
+        ([folder("colour", grey.convert("RGB"))], "a label map has one channel, not 3 colours"),
+        ([f"--data={mapped}", "--scales=1,big"], "--scales=1,big: give numbers above 0"),
+        ([f"--data={mapped}", "--task=eval"], "--task=eval: give --weights=FILE"),
+        ([f"--data={mapped}", "--patch_size=16", "--image_size=40"], "no multiple of patch_size"),
+        (["--data=/no/where", "--task=predict"], "no folder with images to predict"),
+    ]
+    for words, message in cases:
+        text = error_of(capsys, *toy, *words, script=finetune_seg)
+        assert message in text, text
+
+
 # ---- the README ----------------------------------------------------------------------------------
 
 
-SCRIPTS = {"pretrain": pretrain, "finetune_cls": finetune_cls}
-COUNTS = {"shapes": 20_000, "cifar10": 50_000, "cifar100": 50_000}  # training images
+SCRIPTS = {"pretrain": pretrain, "finetune_cls": finetune_cls, "finetune_seg": finetune_seg}
+COUNTS = {"shapes": 20_000, "ade20k": 20_210, "camvid": 80}  # training images
+COUNTS |= {"cifar10": 50_000, "cifar100": 50_000}
 
 
 def readme_commands():
@@ -1370,7 +1686,7 @@ def test_every_command_of_the_readme_is_understood():
     for name, words in commands:
         script = SCRIPTS[name]
         config = pretrain.parse_args(script.Config, script.PRESETS, words)
-        if config.task not in ("attention", "curves"):
+        if config.task not in ("attention", "curves", "predict"):
             count = COUNTS.get(config.data, 1_281_167)
             count = 8 * config.labels_per_class if getattr(config, "labels_per_class", 0) else count
             pretrain.run_length(config, count)
