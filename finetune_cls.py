@@ -131,6 +131,8 @@ def open_labelled(config):
             raise ValueError(f"--data={config.data}: {len(classes)} classes in train/, "
                              f"{len(others)} in val/; {odd[0]} is in one only")
     (train, val), (train_labels, val_labels) = parts, map(np.asarray, labels)
+    if len(val) < world_size():
+        raise ValueError(f"--data={config.data}: {len(val)} held-out images are too few")
     if config.labels_per_class:
         kept = few_of_each(train_labels, config.labels_per_class, config.seed)
         train = Images([train.keys[i] for i in kept], train.read, train.source)
@@ -150,7 +152,8 @@ def open_classes(folder, part):
         found = f"{loose[0]} is in no class" if loose else "there are no images"
         raise ValueError(f"{where}: {found}; it should hold a folder of images for each class")
     classes = sorted({name[0] for name in names})
-    return images, [classes.index(name[0]) for name in names], classes
+    numbers = {name: number for number, name in enumerate(classes)}
+    return images, [numbers[name[0]] for name in names], classes
 
 
 def few_of_each(labels, count, seed):

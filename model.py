@@ -639,6 +639,9 @@ def export_weights(path, to, out):
     to="transformers" the folder `out` for from_pretrained, with to="timm" the file `out` for
     `timm.create_model(..., checkpoint_path=out)`, which the official code reads too."""
     state, config = read_weights(path)
+    if not {"lm_head.weight", "head.weight"} & state.keys():
+        raise ValueError(f"{path}: holds neither a masked model nor a classifier, which is what the "
+                         "other libraries have")
     state = {name: value.float().contiguous() for name, value in state.items()}
     if to == "timm":
         state.pop("mask_token", None)

@@ -544,6 +544,13 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         load_weights(small(), tmp_path / "bad.pth")
 
 
+def test_only_what_others_have_is_exported(tmp_path):
+    save(small(cls=lambda config: Segmenter(config, 3)), tmp_path / "s.pt")
+    for to in ("timm", "transformers"):
+        with pytest.raises(ValueError, match="neither a masked model nor a classifier"):
+            export_weights(tmp_path / "s.pt", to, str(tmp_path / "out"))
+
+
 class Payload:
     def __init__(self, path):
         self.path = path
@@ -1686,9 +1693,9 @@ def test_every_command_of_the_readme_is_understood():
     for name, words in commands:
         script = SCRIPTS[name]
         config = pretrain.parse_args(script.Config, script.PRESETS, words)
-        if config.task not in ("attention", "curves", "predict"):
-            count = COUNTS.get(config.data, 1_281_167)
-            count = 8 * config.labels_per_class if getattr(config, "labels_per_class", 0) else count
-            pretrain.run_length(config, count)
+        if config.task in ("mim", "tokenizer", "train", "probe"):
+            count = COUNTS.get(config.data, 80 if "camvid" in config.data else 1_281_167)
+            few = 8 * getattr(config, "labels_per_class", 0)
+            pretrain.run_length(config, few or count)
         if config.task in ("mim", "tokenizer"):
             pretrain.vit_config(config)
