@@ -7,8 +7,8 @@ has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/. On
 In two minutes on two CPU cores, after `python pretrain.py --preset=shapes`:
     python finetune_cls.py --preset=shapes
 What frozen features are worth (appendix D), a linear classifier a layer, or nearest neighbours:
-    python finetune_cls.py --task=probe --weights=out/run/checkpoint.pt --data=/path/to/imagenet
-    python finetune_cls.py --task=knn --weights=out/run/checkpoint.pt --data=/path/to/imagenet
+    python finetune_cls.py --task=probe --data=/path/to/imagenet --out=out/imagenet_probe
+    python finetune_cls.py --task=knn --data=/path/to/imagenet --labels_per_class=50
 Evaluate, or draw the accuracy of several runs against their epochs:
     python finetune_cls.py --task=eval --weights=out/imagenet/checkpoint.pt --data=/path/to/imagenet
     python finetune_cls.py --task=curves out/imagenet out/scratch --out=out/curves
@@ -82,7 +82,7 @@ SIZES = {"size=large": dict(epochs=50, warmup_epochs=5, layer_decay=0.75, repeat
 TINY = dict(size="nano", batch_size=64, lr=2e-3, layer_decay=0.75, eval_crop=1.0, num_workers=2)
 TINY |= dict(PLAIN, smoothing=0.1, log_every=25, save_every=500)
 PRESETS = {
-    "imagenet": {**SIZES, "task=probe": PROBE},
+    "imagenet": {**SIZES, "task=probe": dict(PROBE, out="out/imagenet_probe")},
     "imagenet384": dict(
         image_size=384, epochs=10, warmup_epochs=1, lr=4e-4, eval_crop=1.0, micro_batch=32,
         weights="out/imagenet/checkpoint.pt", out="out/imagenet384",
@@ -91,19 +91,20 @@ PRESETS = {
     "cifar100": {
         **dict(data="cifar100", out="out/cifar100_cls", epochs=150, batch_size=512),
         **dict(weight_decay=0.3, erasing=0.0, eval_crop=1.0, eval_every=97),
-        "task=probe": PROBE,
+        "task=probe": dict(PROBE, out="out/cifar100_probe", batch_size=1024),
     },
     "cifar10": {
         **dict(TINY, data="cifar10", weights="out/cifar10/checkpoint.pt", out="out/cifar10_cls"),
         **dict(image_size=32, patch_size=4, epochs=30, warmup_epochs=2, crop_min=0.4),
         **dict(eval_every=781),
-        "task=probe": dict(PROBE, batch_size=256, epochs=10),
+        "task=probe": dict(PROBE, out="out/cifar10_probe", batch_size=256, epochs=10),
     },
     "shapes": {
         **dict(TINY, data="shapes", weights="out/shapes/checkpoint.pt", out="out/shapes_cls"),
         **dict(image_size=64, patch_size=8, labels_per_class=50, epochs=60, warmup_epochs=5),
         **dict(crop_min=0.5, eval_every=180),
-        "task=probe": dict(PROBE, batch_size=256, epochs=10, labels_per_class=0),
+        "task=probe": dict(PROBE, out="out/shapes_probe", batch_size=256, epochs=10)
+        | dict(labels_per_class=0),
     },
 }
 
@@ -115,9 +116,8 @@ def open_labelled(config):
     cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}
     if config.data == "shapes":
         parts = [open_shapes(config.image_size, train) for train in (True, False)]
-        draws = [(np.random.default_rng([split, index]) for index in range(len(part)))
-                 for split, part in zip((1, 0), parts)]
-        labels = [[shape_kinds(rng)[-1] for rng in split] for split in draws]
+        labels = [[shape_kinds(np.random.default_rng([seed, i]))[-1] for i in range(len(part))]
+                  for seed, part in zip((1, 0), parts)]
         classes = list(OUTLINES)
     elif config.data in cifar:
         sets = [open_cifar(cifar[config.data], train) for train in (True, False)]
@@ -169,6 +169,9 @@ class LabelledViews(Dataset):
     All of it is a function of (seed, epoch, index)."""
 
     def __init__(self, images, labels, config, train):
+        for name in ("eval_crop", "crop_min"):
+            if not 0 < getattr(config, name) <= 1:
+                raise ValueError(f"--{name}={getattr(config, name)}: give a share, above 0 up to 1")
         self.images, self.labels, self.config = images, labels, config
         size, bicubic = config.image_size, v2.InterpolationMode.BICUBIC
         whole = round(size / config.eval_crop)
@@ -246,6 +249,8 @@ class Classification(nn.Module):
 
     def __init__(self, config, classes):
         super().__init__()
+        if not 0 <= config.smoothing < 1:
+            raise ValueError(f"--smoothing={config.smoothing}: give 0 or more, below 1")
         self.model, self.smoothing = build_model(config, classes), config.smoothing
 
     def logits(self, images):
@@ -291,7 +296,7 @@ def evaluate(objective, dataset, config, device, dtype):
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]  # (outputs, B, 5)
         losses = [F.cross_entropy(output, labels, reduction="sum") for output in logits]
         counts = [torch.stack(losses), hits[..., 0].sum(dim=1), hits.sum(dim=(1, 2))]
-        sums = sums + torch.stack([count.double() for count in counts]).cpu()
+        sums = sums + torch.stack([count.float() for count in counts]).cpu().double()
     objective.train()
     loss, top1, top5 = np.array(all_sum(*sums.flatten().tolist())).reshape(3, -1) / len(dataset)
     best = int(top1.argmax())
@@ -463,6 +468,8 @@ TASKS = {"train": train, "probe": train, "eval": train, "knn": knn, "curves": cu
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, argv, __doc__)
+    if config.runs and config.task != "curves":
+        raise ValueError(f"{config.runs[0]}: what is this for? An option is --NAME=VALUE")
     return TASKS[config.task](config)
 
 

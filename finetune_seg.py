@@ -18,6 +18,7 @@ checkpoints and logs are pretrain.py's; the loop is written out here, as in fine
 """
 
 import colorsys
+import functools
 import math
 import os
 import sys
@@ -110,9 +111,12 @@ def open_pairs(config):
 
 
 def open_shapes_pairs(size, train):
-    images = open_shapes(size, train)
-    seed = int(train)
-    return images, Images(images.keys, lambda key: draw_shapes(size, seed, key)[2], "shapes")
+    images, read = open_shapes(size, train), functools.partial(shapes_labels, size, int(train))
+    return images, Images(images.keys, read, "shapes")
+
+
+def shapes_labels(size, seed, index):
+    return draw_shapes(size, seed, index)[2].astype(np.int64)
 
 
 def open_folder(config, part):
@@ -142,7 +146,7 @@ def read_labels(path):
     try:
         with Image.open(path) as image:
             labels = np.asarray(image)
-    except OSError as error:
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise ValueError(f"{path}: cannot be read as a label map ({error})") from error
     if labels.ndim != 2:
         raise ValueError(f"{path}: a label map has one channel, not {labels.shape[2]} colours; "
@@ -232,11 +236,26 @@ def fitted(size, side, factor=1.0):
 # ---- the objective -------------------------------------------------------------------------------
 
 
+def check(config):
+    """Raise ValueError for values that would leave pixels out, wait for ever, or fail late."""
+    parse_scales(config)
+    if not 0 < config.stride <= config.image_size:
+        raise ValueError(f"--stride={config.stride}: with windows of --image_size="
+                         f"{config.image_size}, give 1 to {config.image_size}")
+    if not 0 < config.scale_min <= config.scale_max:
+        raise ValueError(f"--scale_min={config.scale_min}: give more than 0 and at most "
+                         f"--scale_max={config.scale_max}")
+    if world_size() > 1 and config.batch_size % world_size():  # SyncBatchNorm waits for its peers
+        raise ValueError(f"--batch_size={config.batch_size}: batch norm wants the same number on "
+                         f"each of {world_size()} processes; give a multiple of it")
+
+
 class Segmentation(nn.Module):
     """Cross entropy of the pixels, a mean over all that are not to be ignored."""
 
     def __init__(self, config):
         super().__init__()
+        check(config)
         released = dict(position="relative") if config.variant == "released" else {}
         sizes = dict(image_size=config.image_size, patch_size=config.patch_size)
         arch = ViTConfig.named(
@@ -337,8 +356,8 @@ def scores(matrix):
     union = truth + predicted - right
     iou = np.divide(right, union, out=np.full(len(right), np.nan), where=union > 0)
     accuracy = np.divide(right, truth, out=np.full(len(right), np.nan), where=truth > 0)
-    pixels = max(1.0, truth.sum())
-    if truth.sum() == 0:
+    pixels = truth.sum()
+    if pixels == 0:
         return dict(miou=0.0, mean_accuracy=0.0, pixel_accuracy=0.0), iou, accuracy
     means = dict(miou=np.nanmean(iou), mean_accuracy=np.nanmean(accuracy))
     means["pixel_accuracy"] = right.sum() / pixels
@@ -353,8 +372,8 @@ def evaluate(objective, dataset, config, device, dtype):
     keys, classes = share([(0, index) for index in range(len(dataset))]), config.num_classes
     batches = loader(dataset, [[key] for key in keys], config.num_workers, device)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    show = rank() > 0 or not sys.stderr.isatty()
-    for batch in tqdm(batches, "evaluating", len(keys), disable=show, leave=False):
+    hidden = rank() > 0 or not sys.stderr.isatty()
+    for batch in tqdm(batches, "evaluating", total=len(keys), disable=hidden, leave=False):
         image, labels = batch["images"].to(device), batch["labels"].to(device)
         predicted = predict_labels(objective.model, image, labels.shape[1:], config, dtype)
         matrix += confusion(labels, predicted, classes).cpu()
@@ -421,7 +440,10 @@ def predict(config):
     keys = share([(0, index) for index in range(len(images))])
     batches = loader(dataset, [[key] for key in keys], config.num_workers, device)
     for (_, index), batch in zip(tqdm(keys, disable=not sys.stderr.isatty()), batches, strict=True):
-        image = images.load(index, config.skip_bad_images)[0]
+        if batch["skipped"].any():
+            log(f"{images.keys[index]}: skipped, it cannot be read as an image")
+            continue
+        image = images.load(index)[0]
         size = image.size[::-1]
         labels = predict_labels(model, batch["images"].to(device), size, config, dtype)[0]
         labels = labels.cpu().numpy() + first
@@ -435,7 +457,7 @@ def predict(config):
         for folder, file_ in (("labels", picture), ("overlay", overlay)):
             path = os.path.join(config.out, folder, name)
             write_atomically(path, lambda file, file_=file_: file_.save(file, "PNG"))
-    log(f"wrote {len(images)} label maps and overlays into {config.out}")
+    log(f"wrote label maps and overlays into {config.out}")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -444,7 +466,6 @@ def predict(config):
 def train(config):
     """One run, from its checkpoint if there is one."""
     device, dtype = setup_device(config)
-    parse_scales(config)
     train_pair, val_pair = open_pairs(config)
     torch.manual_seed(config.seed)
     objective = Segmentation(config).to(device)

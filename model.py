@@ -59,6 +59,8 @@ class ViTConfig:
             raise ValueError(
                 f"position={self.position!r} is none of absolute, relative, shared_relative"
             )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path} is not from 0 to below 1")
 
     @property
     def grid(self):
@@ -132,7 +134,9 @@ class Attention(nn.Module):
         """(B, 1 + N, D) -> the same; `bias` (heads, 1 + N, 1 + N) is added to the logits."""
         q, k, v = self.queries_keys_values(x)
         bias = None if bias is None else bias.to(q.dtype).unsqueeze(0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, 1 + N, D / heads)
+        # stochastic depth may leave an empty batch, which some of its kernels refuse
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) if len(q) else v
+        # (B, heads, 1 + N, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x, bias=None):
@@ -309,7 +313,7 @@ class BEiT(ViT):
         """Images (B, 3, H, W), normalised, and mask (B, h, w), True = hidden -> logits (sum of
         mask, vocab), in the order of `tokens[mask]`. `predict` (B, h, w) asks for the logits of
         other patches instead."""
-        hidden = mask.flatten(1).unsqueeze(2).to(images.device)  # (B, N, 1)
+        hidden = mask.flatten(1).unsqueeze(2).to(images.device, non_blocking=True)  # (B, N, 1)
         x = torch.where(hidden, self.mask_token, self.embed(images))  # (B, N, D)
         x = self.encode(x, tuple(mask.shape[1:]))[:, 1:].flatten(0, 1)  # (B * N, D)
         index = (mask if predict is None else predict).flatten().nonzero().squeeze(1)
@@ -431,7 +435,7 @@ def param_groups(model, lr, weight_decay, layer_decay=1.0):
         group = dict(
             params=[], lr=lr * scale, lr_scale=scale, weight_decay=weight_decay if decays else 0.0
         )
-        groups.setdefault((layer if layer_decay < 1 else 0, decays), group)["params"].append(
+        groups.setdefault((layer if layer_decay != 1 else 0, decays), group)["params"].append(
             parameter
         )
     return list(groups.values())
@@ -504,7 +508,10 @@ def from_transformers(state, depth):
     qkv = "beit.encoder.layer.{}.attention.attention.{}.weight"
     out = {rename(name, names) or name: value for name, value in state.items()}
     for number in range(depth):
-        parts = [out.pop(qkv.format(number, part)) for part in ("query", "key", "value")]
+        parts = [out.pop(qkv.format(number, part), None) for part in ("query", "key", "value")]
+        if any(part is None for part in parts):
+            raise ValueError(f"no {qkv.format(number, 'query')} in it; give a folder that one of "
+                             "transformers' BeitFor... classes saved")
         out[f"blocks.{number}.attn.qkv.weight"] = torch.cat(parts)
     return out
 
@@ -569,7 +576,11 @@ def read_tensors(path):
     if not path.endswith(".safetensors"):
         checkpoint = read_checkpoint(path)
         return checkpoint if isinstance(checkpoint, dict) else {}
-    return safetensors().load_file(path)
+    load = safetensors().load_file
+    try:
+        return load(path)
+    except Exception as error:  # its own error type is no ValueError
+        raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
 
 
 def safetensors():
@@ -640,8 +651,8 @@ def export_weights(path, to, out):
     `timm.create_model(..., checkpoint_path=out)`, which the official code reads too."""
     state, config = read_weights(path)
     if not {"lm_head.weight", "head.weight"} & state.keys():
-        raise ValueError(f"{path}: holds neither a masked model nor a classifier, which is what the "
-                         "other libraries have")
+        raise ValueError(f"{path}: holds neither a masked model nor a classifier, which are what "
+                         "the other libraries have")
     state = {name: value.float().contiguous() for name, value in state.items()}
     if to == "timm":
         state.pop("mask_token", None)
@@ -670,10 +681,13 @@ def export_weights(path, to, out):
     )
     theirs |= dict(vocab_size=len(words)) if len(words) else {}
     theirs |= dict(id2label=labels, label2id={v: k for k, v in labels.items()}) if labels else {}
+    given = {} if os.path.isdir(path) else read_tensors(path).get("config") or {}
+    half = given.get("norm") == "half"  # what our own run was trained with
     side = dict(height=config.image_size, width=config.image_size)
     images = dict(image_processor_type="BeitImageProcessor", do_resize=True, size=side, resample=3,
                   do_center_crop=False, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
-                  image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+                  image_mean=[0.5] * 3 if half else [0.485, 0.456, 0.406],
+                  image_std=[0.5] * 3 if half else [0.229, 0.224, 0.225])
     tensors = to_transformers(state, config.depth)
     data = safetensors().save(tensors, metadata={"format": "pt"})
     files = {"model.safetensors": data, "config.json": json.dumps(theirs, indent=1).encode()}

@@ -33,7 +33,7 @@ import sys
 import time
 import traceback
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -230,6 +230,15 @@ def all_sum(*numbers):
     return total.tolist()
 
 
+def one_first(make):
+    """make(), in one process of a machine before the others: what it downloads, they find."""
+    for turn in (True, False):
+        if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+            made = make()
+        all_sum(0)
+    return made
+
+
 def log(*words):
     """Print once, whatever the number of processes, and without tearing the progress bar."""
     if rank() == 0:
@@ -298,7 +307,8 @@ def run_length(config, count):
     return steps, per_epoch, warmup
 
 
-# Fields that do not change the result, so that a run may go on with other values
+# Fields with which a run may go on at other values: they do not change what it learns (micro_batch
+# no more than the noise of stochastic depth and the statistics of batch norm)
 FREE = "out device num_workers micro_batch compile resume log_every eval_every save_every"
 FREE = f"{FREE} tensorboard skip_bad_images query dry_run processes images_per_s runs".split()
 
@@ -306,7 +316,8 @@ FREE = f"{FREE} tensorboard skip_bad_images query dry_run processes images_per_s
 def claim_folder(config):
     """Write OUT/config.json; raise ValueError if a run of another config is there."""
     path = os.path.join(config.out, "config.json")
-    started = os.path.exists(path) and os.path.exists(os.path.join(config.out, "checkpoint.pt"))
+    saved = [os.path.join(config.out, name) for name in ("checkpoint.pt", "previous.pt")]
+    started = os.path.exists(path) and any(map(os.path.exists, saved))
     if config.resume == "auto" and started:
         with open(path) as file:
             there = json.load(file)
@@ -316,6 +327,9 @@ def claim_folder(config):
             raise ValueError(f"{config.out} holds a run of another config ({', '.join(changes)}); "
                              "give another --out, or --resume=never to replace it")
     if rank() == 0:
+        for name in ("checkpoint.pt", "previous.pt") if config.resume == "never" else ():
+            with suppress(FileNotFoundError):  # else a run killed early would go on from them
+                os.remove(os.path.join(config.out, name))
         text = json.dumps(asdict(config), indent=1)
         write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -358,7 +372,8 @@ def prepare(objective, config, device, dtype, layer_decay=1.0):
     if state:
         objective.load_state_dict(state["objective"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty: the run had another --dtype until now
+            scaler.load_state_dict(state["scaler"])
         start = state["step"]
     size = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     log(f"{size:,} parameters to train")
@@ -531,7 +546,7 @@ def open_cifar(dataset, train):
     """torchvision's CIFAR-10 or -100, downloaded once into torch's hub cache."""
     root = os.path.join(torch.hub.get_dir(), "cifar")
     try:
-        return dataset(root, train=train, download=True)
+        return one_first(lambda: dataset(root, train=train, download=True))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{dataset.__name__}: download failed ({error}); put its archive into "
                          f"{root}, or give --data=FOLDER with the images as files") from error
@@ -776,8 +791,8 @@ def pixels(images):
 
 def normalise(images, norm):
     """uint8 (B, 3, H, W) -> what the ViT sees: mean and standard deviation of `norm` taken out."""
-    mean, std = torch.tensor(NORMS[norm], device=images.device)
-    return (pixels(images) - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    channels = zip(pixels(images).unbind(1), *NORMS[norm])  # numbers, not tensors: no GPU waits
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
 def token_frequency(tokens, vocab_size):
@@ -895,7 +910,7 @@ def evaluate(objective, dataset, config, device, dtype, progress):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, metrics = objective(to_device(batch, device, progress))
         for name, value in {"loss": loss, **metrics}.items():
-            sums[name] = sums.get(name, 0) + weight * value.flatten().double().cpu()
+            sums[name] = sums.get(name, 0) + weight * value.flatten().cpu().double()
         total += weight
     objective.train()
     total, *flat = all_sum(total, *torch.cat(list(sums.values())).tolist())
@@ -990,13 +1005,12 @@ def train(config):
 
     tokenizer = None
     if config.task == "mim":
-        for turn in (True, False):  # one process of a machine downloads, the others find the file
-            if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
-                tokenizer = build_tokenizer(tokenizer_spec(config), device)
-            all_sum(0)
+        tokenizer = one_first(lambda: build_tokenizer(tokenizer_spec(config), device))
     torch.manual_seed(config.seed)
     objective = OBJECTIVES[config.task](config, tokenizer).to(device)
     if config.weights != "none":
+        if config.task == "tokenizer":
+            raise ValueError("--task=tokenizer trains no ViT: leave --weights out")
         log(load_weights(objective.model, config.weights))
     dataset = Views(train_images, config, objective.token_size, train=True)
     val_dataset = Views(val_images, config, objective.token_size, train=False)
@@ -1114,10 +1128,10 @@ time        {days:,.2f} days on {processes} processes""")
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, argv, __doc__)
-    if config.dry_run:
-        return plan(config)
     if config.task == "attention":
         return attention(config)
+    if config.dry_run:
+        return plan(config)
     if config.task == "mim" and config.tokenizer == "dvae":
         out = os.path.join(config.out, "tokenizer")
         first = dict(task="tokenizer", out=out, steps=config.tokenizer_steps, weights="none")

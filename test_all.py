@@ -777,6 +777,7 @@ def bad_inputs(tmp_path, dvae):
         ("weights", [*toy, "--weights=gone.pt"], "gone.pt: no such file"),
         ("shape", [*toy, f"--weights={dvae}"], "no weights of a BEiT; it holds"),
         ("attention", ["--task=attention"], "give --weights=FILE"),
+        ("dvae weights", [*toy, "--task=tokenizer", "--weights=x"], "trains no ViT: leave --weights out"),
         ("device", [*toy, "--device=tpu9"], "--device=tpu9: not on this machine"),
     ]
 
@@ -1198,6 +1199,19 @@ def test_repeated_augmentation_shows_an_image_thrice_in_a_batch():
     assert len(set(batch)) == 12  # and each time another view
 
 
+def test_labels_of_the_built_in_shapes_are_those_of_the_images():
+    for few in (0, 3):
+        config = finetune_cls.Config(data="shapes", image_size=24, labels_per_class=few)
+        train, train_labels, val, val_labels, classes = finetune_cls.open_labelled(config)
+        assert classes == list(pretrain.OUTLINES) and len(val) == 2000
+        for seed, images, labels in ((1, train, train_labels), (0, val, val_labels)):
+            assert len(images) == len(labels)
+            for index in range(20):
+                drawn, label, _ = pretrain.draw_shapes(24, seed, images.keys[index])
+                assert label == labels[index]
+                assert np.array_equal(drawn, np.asarray(images.load(index)[0]))
+
+
 def test_few_labels_are_drawn_evenly_and_by_the_seed():
     labels = np.repeat(np.arange(5), 40)
     few = [finetune_cls.few_of_each(labels, 7, seed) for seed in (0, 0, 1)]
@@ -1380,6 +1394,10 @@ def test_bad_input_of_classification_gets_one_line(labelled, tmp_path, capsys):
         ([data, "--task=probe"], "--task=probe: give --weights=FILE"),
         ([data, "--probe_layer=7"], "--probe_layer=7: give 1 to 6"),
         ([data, "--randaugment=3"], "did you mean --randaug?"),
+        ([data, "--eval_crop=0"], "--eval_crop=0.0: give a share"),
+        ([data, "--smoothing=2"], "--smoothing=2.0: give 0 or more, below 1"),
+        ([data, "--drop_path=1"], "drop_path=1.0 is not from 0 to below 1"),
+        ([data, "lr=3"], "lr=3: what is this for?"),
     ]
     for words, message in cases:
         text = error_of(capsys, *toy, *words, script=finetune_cls)
@@ -1662,7 +1680,11 @@ def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
         ([f"--data={mapped}", "--scales=1,big"], "--scales=1,big: give numbers above 0"),
         ([f"--data={mapped}", "--task=eval"], "--task=eval: give --weights=FILE"),
         ([f"--data={mapped}", "--patch_size=16", "--image_size=40"], "no multiple of patch_size"),
-        (["--data=/no/where", "--task=predict"], "no folder with images to predict"),
+        (["--data=/no/where", "--task=predict", f"--weights={tmp_path}/x.pt"],
+         "no folder with images to predict"),
+        ([f"--data={mapped}", "--stride=0"], "--stride=0: with windows of --image_size=32"),
+        ([f"--data={mapped}", "--stride=40"], "--stride=40: with windows of --image_size=32"),
+        ([f"--data={mapped}", "--scale_min=3"], "--scale_min=3.0: give more than 0 and at most"),
     ]
     for words, message in cases:
         text = error_of(capsys, *toy, *words, script=finetune_seg)
