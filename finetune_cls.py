@@ -315,10 +315,18 @@ def print_table(line):
             log(f"{name.removeprefix('val_top1_layer_'):>5}  {100 * value:5.2f}%")
 
 
+def vote(queries, keys, labels, count):
+    """The class of each of `queries` (Q, D), by a vote of the `count` nearest of `keys` (K, D) with
+    `labels` (K,): exp(cosine / 0.07) each, as in DINO (arXiv 2104.14294). All are of length 1."""
+    close, index = (queries @ keys.T).topk(count)  # (Q, count)
+    votes = queries.new_zeros(len(queries), int(labels.max()) + 1)
+    return votes.scatter_add_(1, labels[index], (close / 0.07).exp()).argmax(dim=1)
+
+
 @torch.no_grad()
 def knn(config):
-    """Accuracy of a vote among the nearest training images, weighted as in DINO (arXiv 2104.14294,
-    appendix F.1), by the cosine of mean patch features: no training, so it is quick to watch."""
+    """Accuracy of the vote of the nearest training images, by their mean patch features: no
+    training, so that one can watch a pre-training improve."""
     if world_size() > 1:
         raise ValueError("--task=knn runs in one process: start it without torchrun")
     device, dtype = setup_device(config)
@@ -344,13 +352,10 @@ def knn(config):
     labels, truth = torch.tensor(train_labels, device=device), torch.tensor(val_labels)
     line, count = {}, min(config.neighbours, len(labels))
     for layer, keys, rows in zip(probed(config, model.config), bank, queries):
-        keys, right = keys.to(device).float(), 0
-        for first in range(0, len(rows), 256):
-            close, index = (rows[first : first + 256].to(device).float() @ keys.T).topk(count)
-            votes = torch.zeros(len(index), len(classes), device=device)
-            votes.scatter_add_(1, labels[index], (close / 0.07).exp())
-            right += int((votes.argmax(dim=1).cpu() == truth[first : first + 256]).sum())
-        line[f"val_top1_layer_{layer}"] = right / len(rows)
+        keys = keys.to(device).float()
+        found = [vote(part.to(device).float(), keys, labels, count) for part in rows.split(256)]
+        right = (torch.cat(found).cpu() == truth).float().mean()
+        line[f"val_top1_layer_{layer}"] = right.item()
     log(f"{count} nearest of {len(labels):,} training images, {len(truth):,} held out")
     print_table(line)
     return line

@@ -598,7 +598,7 @@ def draw_shapes(size, seed, index):
     rng = np.random.default_rng([seed, index])
     kinds = shape_kinds(rng)
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    ground = rng.random(3)
+    ground = tone(rng.random(), rng)
     image, labels = texture(x / size, y / size, ground, rng), np.zeros((size, size), np.uint8)
     for left, kind in reversed(list(enumerate(kinds[::-1]))):
         radius = size * (rng.uniform(0.06, 0.12) if left else rng.uniform(0.25, 0.38))
@@ -609,7 +609,7 @@ def draw_shapes(size, seed, index):
         dy, dx = y[box] - centre[0], x[box] - centre[1]
         angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024) & 1023
         inside = RADII[kind][angle] * radius - np.hypot(dy, dx)  # pixels to the outline
-        paint = (ground + rng.uniform(0.3, 0.7, 3)) % 1  # never the colour of the ground
+        paint = tone((ground.mean() + rng.uniform(0.35, 0.65)) % 1, rng)  # not as bright as that
         paint = texture(x[box] / size, y[box] / size, paint, rng)
         cover = (inside + 0.5).clip(0, 1)[..., None]  # soft over one pixel: no jagged edge
         image[box] += cover * (paint - image[box])
@@ -632,9 +632,14 @@ def open_shapes(size, train):
     return Images(range(20_000 if train else 2_000), read, "shapes")
 
 
+def tone(brightness, rng):
+    """A colour, (3,) in [0, 1]: a tinted grey, so that few tokens go to hues and many to edges."""
+    return (0.1 + 0.8 * brightness + rng.uniform(-0.1, 0.1, 3)).clip(0, 1)
+
+
 def texture(x, y, colour, rng):
     """A plain, striped, checked or shaded surface around a colour: (*x.shape, 3) in [0, 1]."""
-    angle, other = rng.uniform(0, 2 * np.pi), (colour + rng.uniform(-0.25, 0.25, 3)).clip(0, 1)
+    angle, other = rng.uniform(0, 2 * np.pi), (colour + rng.uniform(-0.12, 0.12)).clip(0, 1)
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     waves = 2 * np.pi * rng.uniform(3, 8)
     mix = (

@@ -1295,6 +1295,12 @@ def test_sharpness_aware_minimisation_by_hand(labelled, tmp_path):
     assert same_weights(tmp_path / "plain", tmp_path / "sam")
     toy_cls(tmp_path / "wide", *words, "--sam_rho=0.5", "--dtype=float16")
     assert not same_weights(tmp_path / "plain", tmp_path / "wide")
+    states = []
+    for rho in (0, 0.5):  # the step starts from the weights as they were
+        still = ["--steps=1", "--lr=1e-9", "--weight_decay=0", f"--sam_rho={rho}"]
+        toy_cls(tmp_path / f"still{rho}", *words, *still)
+        states.append(read_checkpoint(tmp_path / f"still{rho}" / "checkpoint.pt")["model"])
+    assert all((states[0][name] - value).abs().max() < 1e-7 for name, value in states[1].items())
 
 
 def test_probes_of_all_layers_leave_the_network_as_it_is(labelled, tmp_path, capsys):
@@ -1342,13 +1348,25 @@ def test_nearest_neighbours_are_those_of_a_slow_loop(labelled, tmp_path):
                 row = model.mean_features(image[None].float())[3, 0].double().numpy()
             rows.append((row / np.linalg.norm(row), "abc".index(path.parent.name)))
         features[part] = rows
-    right = 0
-    for query, truth in features["val"]:
-        near = sorted(((query @ key, label) for key, label in features["train"]), reverse=True)[:5]
-        votes = [sum(math.exp(close / 0.07) for close, label in near if label == k)
-                 for k in range(3)]
-        right += int(np.argmax(votes) == truth)
-    assert math.isclose(line["val_top1_layer_4"], right / 10) and len(line) == 6
+    right = sum(slow_vote(query, features["train"], 5) == truth for query, truth in features["val"])
+    assert math.isclose(line["val_top1_layer_4"], right / 10, rel_tol=1e-6) and len(line) == 6
+
+    rng = np.random.default_rng(0)
+    keys, queries = (rng.normal(size=(count, 3)) for count in (300, 100))
+    keys, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (keys, queries))
+    labels = rng.integers(0, 6, 300)
+    found = finetune_cls.vote(*map(torch.tensor, (queries, keys, labels)), 30).tolist()
+    slow = [slow_vote(query, list(zip(keys, labels)), 30) for query in queries]
+    assert found == slow
+    counted = [slow_vote(query, list(zip(keys, labels)), 30, 1e9) for query in queries]
+    assert slow != counted  # near ones weigh more
+
+
+def slow_vote(query, bank, count, temperature=0.07):
+    near = sorted(bank, key=lambda pair: -(query @ pair[0]))[:count]
+    votes = [sum(math.exp(query @ key / temperature) for key, label in near if label == k)
+             for k in range(6)]
+    return int(np.argmax(votes))
 
 
 def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys):
