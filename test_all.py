@@ -380,6 +380,13 @@ def test_the_init_is_the_papers():
                 assert abs(value.std() * scale / 0.02 - 0.5396) < 0.01, name
 
 
+def test_a_new_classifier_starts_without_an_opinion():
+    torch.manual_seed(0)
+    model = Classifier(ViTConfig.named("nano", image_size=32, patch_size=8), 1000)
+    assert abs(model.head.weight.std() / (0.02 * 0.5396 * 0.001) - 1) < 0.02  # recipe, section 3
+    assert (model.head.bias == 0).all() and model(torch.randn(2, 3, 32, 32)).abs().max() < 1e-2
+
+
 def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     config = ViTConfig(image_size=8, patch_size=4, dim=8, depth=3, heads=2, drop_path=0.5)
     model = shake(ViT(config))
