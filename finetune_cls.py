@@ -4,7 +4,7 @@ No arguments is the recipe of table 13: ViT-B from out/run/checkpoint.pt, 100 ep
 at 224 px, batch 1024. The paper reports 83.2% top-1 for it, 81.8% for DeiT-B from scratch; neither
 has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/. On 8 GPUs:
     torchrun --nproc_per_node=8 finetune_cls.py --data=/path/to/imagenet --out=out/imagenet
-In two minutes on two CPU cores, after `python pretrain.py --preset=shapes`:
+In minutes on two CPU cores, after `python pretrain.py --preset=shapes --steps=1200`:
     python finetune_cls.py --preset=shapes
 What frozen features are worth (appendix D), a linear classifier a layer, or nearest neighbours:
     python finetune_cls.py --task=probe --data=/path/to/imagenet --out=out/imagenet_probe
@@ -101,8 +101,8 @@ PRESETS = {
     },
     "shapes": {
         **dict(TINY, data="shapes", weights="out/shapes/checkpoint.pt", out="out/shapes_cls"),
-        **dict(image_size=64, patch_size=8, labels_per_class=50, epochs=60, warmup_epochs=5),
-        **dict(crop_min=0.5, eval_every=180),
+        **dict(image_size=64, patch_size=8, labels_per_class=100, epochs=25, warmup_epochs=5),
+        **dict(crop_min=0.5, eval_every=100),
         "task=probe": dict(PROBE, out="out/shapes_probe", batch_size=256, epochs=10)
         | dict(labels_per_class=0),
     },
