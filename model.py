@@ -573,7 +573,7 @@ def read_weights(path):
 
 
 def read_tensors(path):
-    if not path.endswith(".safetensors"):
+    if not str(path).endswith(".safetensors"):
         checkpoint = read_checkpoint(path)
         return checkpoint if isinstance(checkpoint, dict) else {}
     load = safetensors().load_file
