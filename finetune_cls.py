@@ -35,11 +35,12 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import Classifier, LinearProbes, ViT, ViTConfig, load_weights, write_atomically
+from model import Classifier, LinearProbes, ViT, load_weights, write_atomically
 from pretrain import (
     NORMS, OUTLINES, Images, Log, RunConfig, all_sum, array_images, batch_of_step, cosine,
     folder_images, loader, log, micro_batches, open_cifar, open_shapes, parse_args, prepare, rank,
-    read_metrics, run, run_length, setup_device, shape_kinds, share, stream, world_size,
+    read_metrics, run, run_length, setup_device, shape_kinds, share, stream, vit_config,
+    world_size,
 )
 
 # ---- the options; the comment behind a field is its text in --help -------------------------------
@@ -223,10 +224,7 @@ def mix(images, labels, config, classes):
 
 def build_model(config, classes):
     """The network of --task, with the weights of --weights; `classes` is their number."""
-    released = dict(position="relative") if config.variant == "released" else {}  # a table a layer
-    sizes = dict(image_size=config.image_size, patch_size=config.patch_size)
-    sizes |= dict(drop_path=config.drop_path)
-    arch = ViTConfig.named(config.size, config.variant, **sizes, **released)
+    arch = vit_config(config, shared=False)
     if not 0 <= config.probe_layer <= arch.depth:
         raise ValueError(f"--probe_layer={config.probe_layer}: give 1 to {arch.depth}, or 0")
     if config.weights == "none" and config.task != "train":

@@ -36,11 +36,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import Segmenter, ViTConfig, load_weights, write_atomically
+from model import Segmenter, load_weights, write_atomically
 from pretrain import (
     NORMS, Images, Log, RunConfig, all_sum, batch_of_step, draw_shapes, folder_images, loader, log,
     micro_batches, open_shapes, parse_args, prepare, rank, run, run_length, save_columns,
-    setup_device, share, stream, world_size,
+    setup_device, share, stream, vit_config, world_size,
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
@@ -256,12 +256,8 @@ class Segmentation(nn.Module):
     def __init__(self, config):
         super().__init__()
         check(config)
-        released = dict(position="relative") if config.variant == "released" else {}
-        sizes = dict(image_size=config.image_size, patch_size=config.patch_size)
-        arch = ViTConfig.named(
-            config.size, config.variant, drop_path=config.drop_path, **sizes, **released
-        )
-        self.model, self.aux_weight = Segmenter(arch, config.num_classes), config.aux_weight
+        self.model = Segmenter(vit_config(config, shared=False), config.num_classes)
+        self.aux_weight = config.aux_weight
         if config.weights != "none":
             log(load_weights(self.model, config.weights, head=config.task != "train"))
         elif config.task != "train":

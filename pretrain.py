@@ -813,9 +813,14 @@ def token_baselines(frequency):
     return {"unigram_entropy": entropy, "most_frequent": seen.max(), "vocab_used": used}
 
 
-def vit_config(config):
-    sizes = dict(image_size=config.image_size, patch_size=config.patch_size)
-    return ViTConfig.named(config.size, config.variant, drop_path=config.drop_path, **sizes)
+def vit_config(config, shared=True):
+    """The ViTConfig of a run. Relative positions have one table, `shared` by all layers, in
+    pre-training, and a table a layer in fine-tuning."""
+    names = ("image_size", "patch_size", "drop_path")
+    changes = {name: getattr(config, name) for name in names}
+    if config.variant == "released" and not shared:
+        changes["position"] = "relative"
+    return ViTConfig.named(config.size, config.variant, **changes)
 
 
 class MaskedImageModelling(nn.Module):
