@@ -413,7 +413,7 @@ def train(config):
     batches = (share(batch_of_step(s, len(dataset), config)) for s in range(start, steps))
     batches = loader(dataset, batches, config.num_workers, device)
     output = Log(config, train_images, start, steps, per_epoch)
-    names, trained = ["loss", "grad_norm"], [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
 
     def backward(parts, seed):
         """Add up the gradients of the global batch's mean loss; returns this process's share."""
@@ -453,16 +453,17 @@ def train(config):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        to_log, to_evaluate, to_save = output.add(torch.stack([loss, norm / world_size()]), batch)
+        row = {"loss": loss, "grad_norm": norm / world_size()}
+        to_log, to_evaluate, to_save = output.add(row, batch)
         if not (to_log or to_evaluate or to_save):
             continue
-        line = output.read(names, lr)
+        line = output.read(lr)
         if to_evaluate:
             line |= evaluate(objective, val_dataset, config, device, dtype)
         output.write(line)
         if to_save:
             save(output.done)
-    if output.close(names, save) and config.task == "probe":
+    if output.close(save) and config.task == "probe":
         print_table(line)
 
 

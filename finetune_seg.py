@@ -485,7 +485,6 @@ def train(config):
     batches = (share(batch_of_step(s, len(dataset), config)) for s in range(start, steps))
     batches = loader(dataset, batches, config.num_workers, device)
     output = Log(config, train_pair[0], start, steps, per_epoch)
-    names = ["loss", "grad_norm"]
 
     for step, batch in enumerate(batches, start):
         weight, stop = all_sum(objective.weight(batch), output.stop)
@@ -512,10 +511,11 @@ def train(config):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        to_log, to_evaluate, to_save = output.add(torch.stack([total, norm / world_size()]), batch)
+        row = {"loss": total, "grad_norm": norm / world_size()}
+        to_log, to_evaluate, to_save = output.add(row, batch)
         if not (to_log or to_evaluate or to_save):
             continue
-        line = output.read(names, lr)
+        line = output.read(lr)
         if to_evaluate:
             values, table = evaluate(objective, val_dataset, config, device, dtype)
             line |= values
@@ -524,7 +524,7 @@ def train(config):
         output.write(line)
         if to_save:
             save(output.done)
-    if output.close(names, save):
+    if output.close(save):
         log("\n".join(table))
 
 

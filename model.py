@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -302,23 +303,115 @@ class ViT(nn.Module):
 class BEiT(ViT):
     """Masked image modelling (sec. 2.3): predict the visual tokens of the hidden patches."""
 
-    def __init__(self, config, vocab_size):
+    def __init__(self, config, vocab_size, projector=None):
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.lm_head = nn.Linear(config.dim, vocab_size)
         self.init_weights()
+        self.projector = projector  # for a contrastive loss; it has its own init
+
+    def features(self, images, mask=None):
+        """Images (B, 3, H, W), normalised, and mask (B, h, w), True = hidden, None = no patch ->
+        features of [CLS] and the patches, (B, 1 + N, D), before the final norm."""
+        if mask is None:
+            return super().forward(images)
+        hidden = mask.flatten(1).unsqueeze(2).to(images.device, non_blocking=True)  # (B, N, 1)
+        x = torch.where(hidden, self.mask_token, self.embed(images))  # (B, N, D)
+        return self.encode(x, tuple(mask.shape[1:]))
+
+    def logits(self, x, predict):
+        """Features (B, 1 + N, D) -> logits (sum of predict, vocab) of the patches that predict
+        (B, h, w) says, in the order of `tokens[predict]`."""
+        index = predict.flatten().nonzero().squeeze(1)
+        index = index.to(x.device, non_blocking=True)  # of a mask on the CPU: no GPU waits for it
+        return self.lm_head(self.norm(x[:, 1:].flatten(0, 1)[index]))
 
     def forward(self, images, mask, predict=None):
         """Images (B, 3, H, W), normalised, and mask (B, h, w), True = hidden -> logits (sum of
         mask, vocab), in the order of `tokens[mask]`. `predict` (B, h, w) asks for the logits of
         other patches instead."""
-        hidden = mask.flatten(1).unsqueeze(2).to(images.device, non_blocking=True)  # (B, N, 1)
-        x = torch.where(hidden, self.mask_token, self.embed(images))  # (B, N, D)
-        x = self.encode(x, tuple(mask.shape[1:]))[:, 1:].flatten(0, 1)  # (B * N, D)
-        index = (mask if predict is None else predict).flatten().nonzero().squeeze(1)
-        index = index.to(x.device, non_blocking=True)  # of a mask on the CPU: no GPU waits for it
-        return self.lm_head(self.norm(x[index]))
+        return self.logits(self.features(images, mask), mask if predict is None else predict)
+
+    def summary(self, x, of):
+        """Features (B, 1 + N, D) -> (B, D) of="cls", the [CLS] token, or of="mean", the mean
+        patch, for the projector."""
+        x = self.norm(x)
+        return x[:, 0] if of == "cls" else x[:, 1:].mean(dim=1)
+
+
+class Gather(torch.autograd.Function):
+    """The rows of all processes in their order; a row's gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """x (B, D) of this process -> that of all processes, (B * processes, D)."""
+    return Gather.apply(x) if dist.is_initialized() else x
+
+
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the rows of all processes, on any device: what SyncBatchNorm does on GPUs. It
+    computes all rows everywhere, which is cheap for a projector's (B, D)."""
+
+    def forward(self, x):
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        return super().forward(gather(x)).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def mlp(*dims, norm, act=nn.ReLU):
+    """Linear layers, with an activation between them and batch norm if asked."""
+    layers = []
+    for number, (before, after) in enumerate(zip(dims, dims[1:]), 2):
+        last = number == len(dims)
+        layers += [nn.Linear(before, after, bias=not norm)]
+        layers += [GlobalBatchNorm(after, affine=not last)] if norm else []
+        layers += [] if last else [act()]
+    return nn.Sequential(*layers)
+
+
+class DINOHead(nn.Module):
+    """Scores (B, prototypes) of (B, dim): three layers down to 256 channels of length 1, and
+    weight-normed prototypes whose gain stays 1 (DINO, arXiv 2104.14294)."""
+
+    def __init__(self, dim, hidden, prototypes):
+        super().__init__()
+        self.mlp = mlp(dim, hidden, hidden, 256, norm=False, act=nn.GELU)
+        self.prototypes = nn.Parameter(torch.empty(prototypes, 256))
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, x):
+        return F.linear(F.normalize(self.mlp(x)), F.normalize(self.prototypes))
+
+
+class MoCoHead(nn.Module):
+    """MoCo v3's projector, and the predictor that only the student uses (arXiv 2104.02057):
+    (B, dim) -> (B, 256)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.projector = mlp(dim, hidden, hidden, 256, norm=True)
+        self.predictor = mlp(256, hidden, 256, norm=True)
+
+    def forward(self, x, predict=True):
+        x = self.projector(x)
+        return self.predictor(x) if predict else x
 
 
 class Classifier(ViT):
@@ -607,7 +700,7 @@ def load_weights(model, path, head=False):
         state |= dict.fromkeys(own, state.pop(f"rel_pos_bias.{table}"))
     if model.config.position == "shared_relative" and config.position == "relative":
         state[f"rel_pos_bias.{table}"] = torch.stack([state.pop(name) for name in own]).mean(dim=0)
-    heads = ("norm.", "lm_head.", "mask_token", "probes.", "aux_heads.")
+    heads = ("norm.", "lm_head.", "mask_token", "probes.", "aux_heads.", "projector.")
     heads += () if head else ("head.", "fc_norm.")
     loaded = {}
     for name, tensor in target.items():
@@ -653,7 +746,8 @@ def export_weights(path, to, out):
     if not {"lm_head.weight", "head.weight"} & state.keys():
         raise ValueError(f"{path}: holds neither a masked model nor a classifier, which are what "
                          "the other libraries have")
-    state = {name: value.float().contiguous() for name, value in state.items()}
+    state = {name: value.float().contiguous() for name, value in state.items()
+             if not name.startswith("projector.")}
     if to == "timm":
         state.pop("mask_token", None)
         for kind in ("weight", "bias"):  # a masked model is timm's with a class for each token

@@ -17,6 +17,7 @@ noise) is a function of the seed and of the step or the image, never of a genera
 """
 
 import argparse
+import copy
 import difflib
 import functools
 import inspect
@@ -54,8 +55,13 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from masking import blockwise_mask, random_mask
-from model import BEiT, ViT, ViTConfig, load_weights, param_groups, read_weights, write_atomically
-from tokenizer import DVAE, DVAEConfig, build_tokenizer, load_dalle, read_checkpoint
+from model import (
+    BEiT, Block, DINOHead, MoCoHead, ViT, ViTConfig, gather, load_weights, mlp, param_groups,
+    read_weights, write_atomically,
+)
+from tokenizer import (
+    DVAE, PCA, VQGAN, DVAEConfig, PCAConfig, Pixels, build_tokenizer, load_dalle, read_checkpoint,
+)
 
 # ---- the options ---------------------------------------------------------------------------------
 # The comment behind a field is its text in --help: why this value, or what goes wrong with another.
@@ -100,8 +106,8 @@ class RunConfig:
 
 @dataclass
 class Config(RunConfig):
-    task: Literal["mim", "tokenizer", "attention"] = "mim"  # what to train, or maps of section 3.4
-    tokenizer: str = "dalle"  # dalle, dalle:DIR, dvae:FILE, or dvae: train ours first
+    task: Literal["mim", "tokenizer", "pca", "attention"] = "mim"  # see the top of the file
+    tokenizer: str = "dalle"  # dalle[:DIR], dvae[:FILE], vqgan:FILE, pixel[:norm], pca[:FILE]
     mask: Literal["block", "random", "none"] = "block"  # random: -0.1 top-1, -1.7 mIoU (table 4)
     mask_ratio: float = 0.383  # 75 of 14x14 patches, the authors' rounding of the paper's 40%
     min_block: int = 16  # least patches of a block (algorithm 1); lower it on grids below 8x8
@@ -114,6 +120,14 @@ class Config(RunConfig):
     val_images: int = 2048  # held-out images an evaluation reads; more is slower and less noisy
     dvae_dim: int = 128  # channels of our own dVAE; twice is four times the work
     kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
+    components: int = 64  # of --task=pca; more are sharper, but the last ones are noise to predict
+    contrast: Literal["none", "dino", "moco", "simclr"] = "none"  # a second loss (README)
+    contrast_on: Literal["cls", "mean"] = "cls"  # what it looks at: [CLS], or the mean patch
+    contrast_weight: float = 1.0  # of it; more makes features more alike within an image
+    mim_weight: float = 1.0  # of masked image modelling; 0: plain DINO, MoCo v3 or SimCLR
+    local_crops: int = 0  # small views for DINO, beside MIM as in app. E (8 there, 4.2x the cost)
+    projector_dim: int = 2048  # hidden units of the contrastive head; fewer for small networks
+    prototypes: int = 65_536  # outputs of DINO's head; fewer for small data
     query: str = ""  # row,column of the patch that --task=attention asks; empty: the middle
     dry_run: bool = False  # print the plan of the run, without data, and stop
     processes: int = 0  # GPUs that the plan is for; 0: as many as run it
@@ -123,11 +137,14 @@ class Config(RunConfig):
 # A preset is what differs from the recipe; a key like "size=large" holds what that option changes.
 # The demos' tokenizer is our own dVAE, trained first.
 DEMO = dict(size="nano", tokenizer="dvae", dvae_dim=64, downsample=4, batch_size=64, lr=3e-3)
-DEMO |= dict(warmup_epochs=0.2, num_workers=2, log_every=25)
+DEMO |= dict(warmup_epochs=0.2, num_workers=2, log_every=25, projector_dim=512, prototypes=2048)
 CIFAR = dict(DEMO, image_size=32, patch_size=4, crop_min=0.3, vocab_size=512)
 CIFAR |= dict(epochs=10, tokenizer_steps=1000, eval_every=1000, save_every=500)
 PRESETS = {
-    "paper": {"size=large": dict(clip_grad=1.0, micro_batch=64)},
+    "paper": {
+        "size=large": dict(clip_grad=1.0, micro_batch=64),
+        "contrast=moco": dict(projector_dim=4096),
+    },
     "shapes": dict(DEMO, data="shapes", out="out/shapes", image_size=64, patch_size=8, crop_min=0.5)
     | dict(vocab_size=256, steps=250, tokenizer_steps=300, eval_every=125, save_every=125)
     | dict(val_images=512),
@@ -378,7 +395,7 @@ def prepare(objective, config, device, dtype, layer_decay=1.0):
     size = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     log(f"{size:,} parameters to train")
     if config.compile:
-        for block in getattr(objective.model, "blocks", ()):
+        for block in (module for module in objective.modules() if isinstance(module, Block)):
             block.attn.compile()
             block.mlp.compile()
     model = objective
@@ -403,7 +420,7 @@ class Log:
     def __init__(self, config, images, start, steps, per_epoch):
         self.config, self.images, self.steps, self.per_epoch = config, images, steps, per_epoch
         self.done = self.since = start
-        self.clock, self.stop, self.history = time.time(), False, []
+        self.clock, self.stop, self.history, self.names = time.time(), False, [], []
         self.skipped_steps = self.bad_images = 0
         signal.signal(signal.SIGTERM, self.on_sigterm)
         self.bar = tqdm(total=steps, initial=start, disable=rank() > 0 or not sys.stderr.isatty())
@@ -424,9 +441,10 @@ class Log:
         self.stop = True
 
     def add(self, row, batch):
-        """Note a step's loss, metrics and gradient norm, this process's share of each, without
-        waiting for the GPU. Returns whether to log, to evaluate and to save after it."""
-        self.history.append(row)
+        """Note a step's loss, metrics and gradient norm by their names, this process's share of
+        each, without waiting for the GPU. Returns whether to log, to evaluate and to save."""
+        self.names = list(row)
+        self.history.append(torch.stack(list(row.values())))
         self.bad_images += int(batch["skipped"].sum())
         self.done += 1
         self.bar.update()
@@ -434,9 +452,9 @@ class Log:
         last = self.done == self.steps
         return [last or (every > 0 and self.done % every == 0) for every in intervals]
 
-    def read(self, names, lr):
-        """The last step as a dict; `names` are those of `row`. Here the host waits for the GPU.
-        Raises FloatingPointError at the first loss since the last time that is not finite."""
+    def read(self, lr):
+        """The last step as a dict. Here the host waits for the GPU. Raises FloatingPointError at
+        the first loss since the last time that is not finite."""
         if not self.history:
             return {}
         rows = torch.stack(self.history).cpu()
@@ -452,7 +470,7 @@ class Log:
         self.history.clear()
         self.skipped_steps += int((~np.isfinite(rows[:, -1])).sum())  # by float16's loss scaling
         line = {"step": self.done, "epoch": round(self.done / self.per_epoch, 4)}
-        line |= dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
+        line |= dict(zip(self.names, rows[-1].tolist(), strict=True), lr=lr)
         seconds, self.clock = time.time() - self.clock, time.time()
         line["images_per_s"] = (self.done - self.since) * self.config.batch_size / seconds
         line |= {"skipped_steps": self.skipped_steps} if self.skipped_steps else {}
@@ -469,11 +487,11 @@ class Log:
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, line["step"])
 
-    def close(self, names, save):
+    def close(self, save):
         """After the loop: save what SIGTERM cut short. Returns whether the run is complete."""
         self.bar.close()
         if self.done < self.steps:
-            self.read(names, 0.0)
+            self.read(0.0)
             save(self.done)
             log(f"SIGTERM: saved step {self.done}; the same command goes on from there")
         return self.done == self.steps
@@ -690,6 +708,8 @@ class Views(Dataset):
     (3, token_size, token_size), uint8 of one crop, flip and jitter, of `mask` (grid, grid) bool,
     True = hidden, and of `skipped`, whether it is the next one because the image is unreadable. All
     of it is a function of (seed, epoch, index). Held-out images are cropped in the middle, no more.
+    For a contrastive loss there are `views` (1 or 2, 3, image_size, image_size) besides, each of a
+    crop of its own, and `local_views` (local_crops, 3, side, side).
     """
 
     def __init__(self, images, config, token_size, train):
@@ -700,6 +720,13 @@ class Views(Dataset):
         self.views = {"images": self.transform(config.image_size, mode.BICUBIC, train)}
         if token_size != config.image_size:
             self.views["token_images"] = self.transform(token_size, mode.LANCZOS, train)
+        self.others = {}  # name -> (how many, how each is made)
+        if train and config.task == "mim" and config.contrast != "none":
+            # DINO's: whole views of 40% to 100% of the area, small ones of 5% to 40%, 96 for 224
+            small = max(1, round(self.grid * 96 / 224)) * config.patch_size
+            views = 2 if own_passes(config) else 1
+            self.others["views"] = (views, strong_view(config.image_size, (0.4, 1.0)))
+            self.others["local_views"] = (config.local_crops, strong_view(small, (0.05, 0.4)))
 
     def transform(self, size, mode, train):
         if not train:
@@ -723,10 +750,27 @@ class Views(Dataset):
             torch.default_generator.manual_seed(stream(self.config.seed, epoch, index))
             sample[name] = pil_to_tensor(transform(image))
         sample.setdefault("token_images", sample["images"])
+        for name, (count, transform) in self.others.items():
+            torch.default_generator.manual_seed(stream(self.config.seed, epoch, index, len(name)))
+            made = [pil_to_tensor(transform(image)) for _ in range(count)]
+            sample |= {name: torch.stack(made)} if made else {}
         rng = np.random.default_rng([self.config.seed, epoch, index])
         mask = MASKS[self.config.mask](self.grid, self.count, self.config.min_block, rng)
         sample["mask"] = torch.from_numpy(mask)
         return sample
+
+
+def strong_view(size, area):
+    """What makes two views of an image hard to match by their colours alone (DINO, SimCLR)."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    blur = transforms.GaussianBlur(size // 20 * 2 + 1, (size / 2240, size / 112))  # SimCLR's, 10%
+    return transforms.Compose([
+        transforms.RandomResizedCrop(size, area, interpolation=bicubic),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+        transforms.RandomGrayscale(0.2),
+        transforms.RandomApply([blur], 0.5),
+    ])
 
 
 @functools.lru_cache(maxsize=2)
@@ -770,16 +814,22 @@ def micro_batches(batch, size):
 def to_device(batch, device, progress):
     """The batch with its images on the device, and how far the run is. The mask stays on the CPU,
     where asking for its places makes no GPU wait."""
-    names = ("images", "token_images")
-    moved = {name: batch[name].to(device, non_blocking=True) for name in names}
-    return {**batch, **moved, "progress": progress}
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return {**moved, "mask": batch["mask"], "progress": progress}
 
 
 # ---- objectives ----------------------------------------------------------------------------------
-# An objective is a module whose forward takes a batch and returns (loss, metrics), means over what
-# its `weight` counts, from which the loop makes the mean over all micro-batches and processes;
-# `metrics` has their names in training. Its `model` is what is saved under the official names. A
-# new one is a class and a line in OBJECTIVES.
+# An objective is a module. What the loop, the evaluation and the pictures ask of it:
+#     model                       the network that is saved, under the official names
+#     token_size                  pixels a side of the view that tokens are made of
+#     counts(batch)               numbers of what its means are over, such as hidden patches
+#     forward(batch, totals)      (loss, metrics): this batch's share of means over `totals`, the
+#                                 sums of the counts over all micro-batches and processes
+#     after_step(progress)        what is to be done once the weights have changed
+#     measure(batch)              sums over held-out images, of which means(sums, totals) makes
+#                                 the metrics of an evaluation
+#     pictures(batch)             columns of images (B, 3, H, W) in [0, 1], by their titles
+# A new one is a class and a line in OBJECTIVES; a new contrastive loss, in CONTRASTS.
 
 
 # (mean, standard deviation) of RGB in [0, 1]: ImageNet's; those of the authors' ImageNet-22k models
@@ -800,19 +850,6 @@ def normalise(images, norm):
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
-def token_frequency(tokens, vocab_size):
-    """The share of each token, (vocab_size,): a mean over tokens, like any other metric."""
-    return torch.bincount(tokens.flatten(), minlength=vocab_size) / tokens.numel()
-
-
-def token_baselines(frequency):
-    """What one reaches knowing only how frequent each token is: the loss (their entropy, in nats)
-    and the accuracy (always the most frequent); and the share of the vocabulary that occurs."""
-    seen = frequency[frequency > 0]
-    entropy, used = -(seen * np.log(seen)).sum(), len(seen) / len(frequency)
-    return {"unigram_entropy": entropy, "most_frequent": seen.max(), "vocab_used": used}
-
-
 def vit_config(config, shared=True):
     """The ViTConfig of a run. Relative positions have one table, `shared` by all layers, in
     pre-training, and a table a layer in fine-tuning."""
@@ -823,56 +860,8 @@ def vit_config(config, shared=True):
     return ViTConfig.named(config.size, config.variant, **changes)
 
 
-class MaskedImageModelling(nn.Module):
-    """The paper's objective: cross entropy of the hidden patches' visual tokens (eq. 2)."""
-
-    metrics = ["accuracy"]
-
-    def __init__(self, config, tokenizer):
-        super().__init__()
-        if config.mask == "none" and config.predict == "masked":
-            raise ValueError("--mask=none hides nothing to predict: give --predict=all with it")
-        self.encode, self.decode = tokenizer.encode, tokenizer.decode  # frozen: not a submodule
-        self.norm = config.norm
-        self.model, self.predict = BEiT(vit_config(config), tokenizer.vocab_size), config.predict
-        self.token_size = self.model.config.grid * tokenizer.downsample
-
-    def places(self, batch):
-        """(B, h, w) bool, on the CPU: the patches whose tokens are to be predicted."""
-        return torch.ones_like(batch["mask"]) if self.predict == "all" else batch["mask"]
-
-    def weight(self, batch):
-        return int(self.places(batch).sum())
-
-    def forward(self, batch):
-        places = self.places(batch)
-        tokens = self.encode(pixels(batch["token_images"]))  # (B, h, w)
-        index = places.flatten().nonzero().squeeze(1).to(tokens.device, non_blocking=True)
-        targets = tokens.flatten()[index]  # (predicted patches,)
-        logits = self.model(normalise(batch["images"], self.norm), batch["mask"], places)
-        metrics = {"accuracy": (logits.argmax(dim=1) == targets).float().mean()}
-        if not self.training:
-            metrics["token_frequency"] = token_frequency(targets, logits.shape[1])
-        return F.cross_entropy(logits.float(), targets), metrics
-
-    @torch.no_grad()
-    def pictures(self, batch):
-        """Columns of images (B, 3, H, W) in [0, 1], by their titles."""
-        images, mask = pixels(batch["images"]), batch["mask"].to(batch["images"].device)
-        tokens = self.encode(pixels(batch["token_images"]))
-        logits = self.model(normalise(batch["images"], self.norm), mask, torch.ones_like(mask))
-        filled = torch.where(mask, logits.argmax(dim=1).view_as(tokens), tokens)
-        hidden = F.interpolate(mask[:, None].float(), size=images.shape[2:])
-        columns = {"image": images, "masked": images * (1 - hidden) + 0.5 * hidden}
-        for title, shown in (("tokenizer", tokens), ("BEiT", filled)):
-            columns[title] = F.interpolate(self.decode(shown), size=images.shape[2:])
-        return columns
-
-
 class TokenizerTraining(nn.Module):
     """Our own dVAE (app. C): reconstruct images through Gumbel-softmax tokens."""
-
-    metrics = ["error", "kl"]
 
     def __init__(self, config, tokenizer):
         super().__init__()
@@ -880,20 +869,31 @@ class TokenizerTraining(nn.Module):
         self.model, self.kl_weight = DVAE(arch), config.kl_weight
         self.token_size = config.image_size // config.patch_size * config.downsample
 
-    def weight(self, batch):
-        return len(batch["token_images"])
+    def counts(self, batch):
+        return [len(batch["token_images"])]
 
-    def forward(self, batch):
+    def forward(self, batch, totals):
         images = pixels(batch["token_images"])
         # DALL-E's annealing, from 1 to 1/16, over the first three quarters of the run
         temperature = cosine(min(batch["progress"] / 0.75, 1), 1, 0, 1.0, 1 / 16)
         loss, metrics = self.model.loss(images, temperature, self.kl_weight)
-        if not self.training:
-            tokens = self.model.encode(images)
-            # mean absolute error of normalised RGB, in which appendix C reports 0.0880
-            metrics["mae"] = 2 * (self.model.decode(tokens) - images).abs().mean()
-            metrics["token_frequency"] = token_frequency(tokens, self.model.vocab_size)
-        return loss, metrics
+        part = len(images) / totals[0]
+        return part * loss, {name: part * value for name, value in metrics.items()}
+
+    def after_step(self, progress):
+        pass
+
+    def measure(self, batch):
+        loss, metrics = self.forward(batch, [1])
+        images = pixels(batch["token_images"])
+        tokens = self.model.encode(images)
+        # mean absolute error of normalised RGB, in which appendix C reports 0.0880
+        mae = 2 * (self.model.decode(tokens) - images).abs().mean() * len(images)
+        used = self.model.statistics(tokens.flatten())["frequency"] / tokens[0].numel()
+        return {"loss": loss, **metrics, "mae": mae, "frequency": used}
+
+    def means(self, sums, totals):
+        return self.model.baselines({name: value / totals[0] for name, value in sums.items()})
 
     @torch.no_grad()
     def pictures(self, batch):
@@ -901,7 +901,272 @@ class TokenizerTraining(nn.Module):
         return {"image": images, "tokenizer": self.model.decode(self.model.encode(images))}
 
 
-OBJECTIVES = {"mim": MaskedImageModelling, "tokenizer": TokenizerTraining}
+class MaskedImageModelling(nn.Module):
+    """The paper's objective: cross entropy of the hidden patches' visual tokens (eq. 2), or the
+    squared error of other targets."""
+
+    def __init__(self, config, tokenizer, projector=None):
+        super().__init__()
+        if config.mask == "none" and config.predict == "masked" and config.mim_weight:
+            raise ValueError("--mask=none hides nothing to predict: give --predict=all with it")
+        self.__dict__["tokenizer"] = tokenizer  # frozen: no submodule, and in no checkpoint
+        self.norm, self.predict = config.norm, config.predict
+        self.model = BEiT(vit_config(config), tokenizer.outputs, projector)
+        self.token_size = self.model.config.grid * tokenizer.downsample
+
+    def places(self, batch):
+        """(B, h, w) bool, on the CPU: the patches whose targets are to be predicted."""
+        return torch.ones_like(batch["mask"]) if self.predict == "all" else batch["mask"]
+
+    def counts(self, batch):
+        return [int(self.places(batch).sum())]
+
+    def targets(self, batch):
+        """(predicted patches, ...) in the order of the places."""
+        tokens = self.tokenizer.encode(pixels(batch["token_images"]))  # (B, h, w, ...)
+        index = self.places(batch).flatten().nonzero().squeeze(1)
+        return tokens.flatten(0, 2)[index.to(tokens.device, non_blocking=True)]
+
+    def features(self, batch):
+        return self.model.features(normalise(batch["images"], self.norm), batch["mask"])
+
+    def forward(self, batch, totals):
+        logits = self.model.logits(self.features(batch), self.places(batch))
+        loss, metrics = self.tokenizer.target_loss(logits, self.targets(batch))
+        return loss / totals[0], {name: value / totals[0] for name, value in metrics.items()}
+
+    def after_step(self, progress):
+        pass
+
+    def measure(self, batch):
+        targets = self.targets(batch)
+        logits = self.model.logits(self.features(batch), self.places(batch))
+        loss, metrics = self.tokenizer.target_loss(logits, targets)
+        return {"loss": loss, **metrics, **self.tokenizer.statistics(targets)}
+
+    def means(self, sums, totals):
+        return self.tokenizer.baselines({name: value / totals[0] for name, value in sums.items()})
+
+    @torch.no_grad()
+    def pictures(self, batch):
+        images, mask = pixels(batch["images"]), batch["mask"].to(batch["images"].device)
+        tokens = self.tokenizer.encode(pixels(batch["token_images"]))
+        logits = self.model.logits(self.features(batch), torch.ones_like(batch["mask"]))
+        filled = self.tokenizer.best(logits).view_as(tokens)
+        filled = torch.where(mask.view(*mask.shape, *[1] * (tokens.dim() - 3)), filled, tokens)
+        hidden = F.interpolate(mask[:, None].float(), size=images.shape[2:])
+        columns = {"image": images, "masked": images * (1 - hidden) + 0.5 * hidden}
+        for title, shown in (("tokenizer", tokens), ("BEiT", filled)):
+            columns[title] = F.interpolate(self.tokenizer.decode(shown), size=images.shape[2:])
+        return columns
+
+
+class DINO(nn.Module):
+    """Self-distillation (arXiv 2104.14294, eq. 3): cross entropy of the student's prototypes with
+    the teacher's, whose running mean, the centre, is taken out so that no prototype wins always."""
+
+    momentum, needs_whole_batch = 0.996, False  # the teacher's, at the start
+
+    def __init__(self, config, dim):
+        super().__init__()
+        self.head = DINOHead(dim, config.projector_dim, config.prototypes)
+        self.register_buffer("centre", torch.zeros(config.prototypes))
+        self.register_buffer("scores", torch.zeros(1 + config.prototypes), persistent=False)
+
+    def teach(self, teacher, x):
+        return teacher.projector(x)
+
+    def forward(self, student, teacher, progress):
+        """{view: (B, prototypes)} of both -> the sum over B of the mean over all pairs of different
+        views."""
+        # the teacher's temperature rises over the first 30 of DINO's 300 epochs
+        temperature = 0.04 + 0.03 * min(1, progress / 0.1)
+        for scores in teacher.values():
+            self.scores[0] += len(scores)
+            self.scores[1:] += scores.float().sum(dim=0)
+        aims = {k: ((v.float() - self.centre) / temperature).softmax(1) for k, v in teacher.items()}
+        guesses = {k: (v.float() / 0.1).log_softmax(1) for k, v in student.items()}
+        losses = [-(aim * guess).sum() for a, aim in aims.items()
+                  for b, guess in guesses.items() if a != b]
+        return sum(losses) / len(losses)
+
+    def after_step(self):
+        """The centre follows the mean of the teacher's scores over the whole batch (eq. 4)."""
+        if world_size() > 1:
+            dist.all_reduce(self.scores)
+        self.centre.mul_(0.9).add_(0.1 * self.scores[1:] / self.scores[0])
+        self.scores.zero_()
+
+
+class MoCo(nn.Module):
+    """MoCo v3 (arXiv 2104.02057): find the teacher's other view of an image in the whole batch."""
+
+    momentum, needs_whole_batch, temperature = 0.99, True, 0.2
+
+    def __init__(self, config, dim):
+        super().__init__()
+        self.head = MoCoHead(dim, config.projector_dim)
+
+    def teach(self, teacher, x):
+        return teacher.projector(x, predict=False)
+
+    def forward(self, student, teacher, progress):
+        """{view: (B, D)} of both -> the sum over B and over all pairs of different views."""
+        return sum(info_nce(s, gather(t), self.temperature)
+                   for a, t in teacher.items() for b, s in student.items() if a != b)
+
+    def after_step(self):
+        pass
+
+
+class SimCLR(nn.Module):
+    """SimCLR (arXiv 2002.05709): find an image's other view among all others of the batch, without
+    a teacher."""
+
+    momentum, needs_whole_batch, temperature = None, True, 0.1
+
+    def __init__(self, config, dim):
+        super().__init__()
+        self.head = mlp(dim, config.projector_dim, 128, norm=False)
+
+    def forward(self, student, teacher, progress):
+        """{view: (B, D)} of two views -> NT-Xent (eq. 1), summed over B."""
+        a, b = (F.normalize(x.float(), dim=1) for x in student.values())
+        keys = torch.cat([gather(a), gather(b)])
+        count = len(keys) // 2
+        own = torch.arange(len(a), device=a.device) + rank() * len(a)
+        total = 0
+        for queries, self_at, other_at in ((a, own, own + count), (b, own + count, own)):
+            logits = queries @ keys.T / self.temperature  # (B, 2 * whole batch)
+            logits = logits.scatter(1, self_at[:, None], -math.inf)  # not itself
+            total = total + F.cross_entropy(logits, other_at, reduction="sum") / 2
+        return total
+
+    def after_step(self):
+        pass
+
+
+def info_nce(queries, keys, temperature):
+    """MoCo v3's contrastive loss, summed over `queries` (B, D); `keys` are those of all processes,
+    in their order."""
+    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
+    right = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+    return 2 * temperature * F.cross_entropy(logits, right, reduction="sum")
+
+
+CONTRASTS = {"dino": DINO, "moco": MoCo, "simclr": SimCLR}
+
+
+def own_passes(config):
+    """Whether the contrastive loss has passes of its own over two whole views (app. E), or shares
+    the pass over the masked image with MIM."""
+    return config.local_crops > 0 or config.mim_weight == 0
+
+
+class Contrastive(MaskedImageModelling):
+    """MIM and a contrastive loss, of which either may have the weight 0.
+
+    In ONE pass: the student's features of the masked image serve both, and are compared with those
+    of another whole view, of the teacher or of the student itself if there is none. Or as in
+    appendix E, beside each other: the student sees two whole views and --local_crops small ones,
+    the teacher the two. The teacher is the student's moving average.
+    """
+
+    def __init__(self, config, tokenizer):
+        whole = config.micro_batch * world_size() >= config.batch_size
+        contrast = CONTRASTS[config.contrast](config, vit_config(config).dim)
+        if contrast.needs_whole_batch and not whole:
+            need = -(-config.batch_size // world_size())
+            raise ValueError(f"--contrast={config.contrast}: compares all images of a batch, so "
+                             f"gradients cannot accumulate; give --micro_batch={need}")
+        if contrast.needs_whole_batch and config.batch_size % world_size():
+            raise ValueError(f"--contrast={config.contrast}: --batch_size={config.batch_size} is "
+                             f"to be a multiple of the {world_size()} processes")
+        if config.local_crops and config.contrast != "dino":
+            raise ValueError("--local_crops: only --contrast=dino has them")
+        super().__init__(config, tokenizer, contrast.head)
+        del contrast.head  # it is the model's now
+        self.contrast, self.of, self.own = contrast, config.contrast_on, own_passes(config)
+        self.mim_weight, self.contrast_weight = config.mim_weight, config.contrast_weight
+        self.teacher = None
+        if contrast.momentum:
+            self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+            self.teacher.lm_head = None
+            for block in self.teacher.blocks:
+                block.drop_path = 0.0
+        if not config.mim_weight:
+            self.model.lm_head.requires_grad_(False)
+            self.model.mask_token.requires_grad_(False)
+
+    def counts(self, batch):
+        return [*super().counts(batch), len(batch["images"])]
+
+    def project(self, images):
+        """The student's head on whole views, uint8 (B, 3, H, W)."""
+        x = self.model.summary(self.model.features(normalise(images, self.norm)), self.of)
+        return self.model.projector(x)
+
+    def forward(self, batch, totals):
+        loss, metrics, student = 0, {}, {}
+        if self.mim_weight:
+            x = self.features(batch)
+            logits = self.model.logits(x, self.places(batch))
+            loss, metrics = self.tokenizer.target_loss(logits, self.targets(batch))
+            loss, metrics = loss / totals[0], {k: v / totals[0] for k, v in metrics.items()}
+            metrics["mim_loss"] = loss.detach()
+        views = batch["views"].unbind(1)  # (B, 3, H, W) each: one, or two of the contrast's own
+        if self.own:
+            student = dict(enumerate(self.project(torch.cat(views)).chunk(len(views))))
+            if "local_views" in batch:
+                crops = batch["local_views"].transpose(0, 1)  # (crops, B, 3, h, w)
+                crops = self.project(crops.flatten(0, 1)).chunk(len(crops))
+                student |= dict(enumerate(crops, len(views)))
+        else:
+            student["masked"] = self.model.projector(self.model.summary(x, self.of))
+            if self.teacher is None:
+                student[0] = self.project(views[0])
+        contrast = self.contrast(student, self.teach(views), batch["progress"]) / totals[1]
+        metrics["contrast_loss"] = contrast.detach()
+        return self.mim_weight * loss + self.contrast_weight * contrast, metrics
+
+    @torch.no_grad()
+    def teach(self, views):
+        """{view: what the student is to find}."""
+        if self.teacher is None:
+            return {}
+        x = self.teacher.features(normalise(torch.cat(views), self.norm))
+        x = self.teacher.summary(x, self.of)
+        return dict(enumerate(self.contrast.teach(self.teacher, x).chunk(len(views))))
+
+    @torch.no_grad()
+    def after_step(self, progress):
+        self.contrast.after_step()
+        if self.teacher is not None:
+            # the momentum rises to 1 on a cosine
+            momentum = cosine(progress, 1, 0, self.contrast.momentum, 1.0)
+            student = dict(self.model.named_parameters())
+            pairs = [(t, student[name]) for name, t in self.teacher.named_parameters()]
+            teacher, student = zip(*pairs)
+            torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+    def measure(self, batch):
+        z = F.normalize(self.project(batch["images"]).float(), dim=1)
+        spread = {"z": z.sum(dim=0), "square": z.square().sum(dim=0)}
+        sums = super().measure(batch) if self.mim_weight else {}
+        return sums | {f"spread_{name}": value for name, value in spread.items()}
+
+    def means(self, sums, totals):
+        """`spread` is the standard deviation of the head's outputs, normalised to length 1, times
+        the root of their number: about 1 if they point everywhere, 0 if all have collapsed."""
+        mean, square = (sums.pop(f"spread_{name}") / totals[1] for name in ("z", "square"))
+        spread = np.sqrt((square - mean**2).clip(0)).mean() * math.sqrt(len(mean))
+        return (super().means(sums, totals) if self.mim_weight else {}) | {"spread": spread}
+
+    def pictures(self, batch):
+        return super().pictures(batch) if self.mim_weight else {}
+
+
+OBJECTIVES = {"mim": MaskedImageModelling, "contrast": Contrastive, "tokenizer": TokenizerTraining}
 
 
 # ---- evaluation and pictures ---------------------------------------------------------------------
@@ -914,20 +1179,16 @@ def evaluate(objective, dataset, config, device, dtype, progress):
     torch.manual_seed(stream(config.seed, rank()))  # for the noise in a dVAE's loss
     keys = share([(0, index) for index in range(len(dataset))])
     batches = [keys[i : i + config.micro_batch] for i in range(0, len(keys), config.micro_batch)]
-    sums, total = {}, 0
+    sums, totals = {}, 0
     for batch in loader(dataset, batches, config.num_workers, device):
-        weight = objective.weight(batch)
+        totals = totals + np.array(objective.counts(batch))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, metrics = objective(to_device(batch, device, progress))
-        for name, value in {"loss": loss, **metrics}.items():
-            sums[name] = sums.get(name, 0) + weight * value.flatten().cpu().double()
-        total += weight
+            measured = objective.measure(to_device(batch, device, progress))
+        for name, value in measured.items():
+            sums[name] = sums.get(name, 0) + value.flatten().cpu().double()
     objective.train()
-    total, *flat = all_sum(total, *torch.cat(list(sums.values())).tolist())
-    ends = np.cumsum([len(value) for value in sums.values()])
-    means = dict(zip(sums, np.split(np.array(flat) / total, ends[:-1]), strict=True))
-    if "token_frequency" in means:
-        means |= token_baselines(means.pop("token_frequency"))
+    sums = {name: np.array(all_sum(*value.tolist())) for name, value in sums.items()}
+    means = objective.means(sums, all_sum(*totals))
     return {f"val_{name}": float(np.squeeze(value)) for name, value in means.items()}
 
 
@@ -938,7 +1199,8 @@ def draw_reconstructions(objective, dataset, config, device):
     objective.eval()
     columns = objective.pictures(to_device(batch, device, 1.0))
     objective.train()
-    save_columns(os.path.join(config.out, "reconstruction.png"), columns)
+    if columns:
+        save_columns(os.path.join(config.out, "reconstruction.png"), columns)
 
 
 def save_columns(path, columns):
@@ -999,10 +1261,17 @@ def attention(config):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def tokenizer_spec(config):
-    """--tokenizer=dvae alone is the one in OUT/tokenizer, which main trains first."""
-    own = os.path.join(config.out, "tokenizer", "checkpoint.pt")
-    return f"dvae:{own}" if config.tokenizer == "dvae" else config.tokenizer
+def make_objective(config, device, tokenizer=None):
+    """The objective of --task, on the device; build_tokenizer's `tokenizer` unless given."""
+    name = "contrast" if config.task == "mim" and config.contrast != "none" else config.task
+    # MIM's target; without MIM one that costs nothing
+    spec = config.tokenizer if config.mim_weight else "pixel"
+    if spec in FIRST:  # the one in OUT/tokenizer, which main makes first
+        spec += ":" + os.path.join(config.out, "tokenizer", "checkpoint.pt")
+    if config.task == "mim" and tokenizer is None:
+        tokenizer = one_first(lambda: build_tokenizer(spec, device, config.patch_size))
+    torch.manual_seed(config.seed)
+    return OBJECTIVES[name](config, tokenizer).to(device)
 
 
 def train(config):
@@ -1013,11 +1282,7 @@ def train(config):
     if len(val_images) < world_size():
         raise ValueError(f"--data={config.data}: {len(val_images)} held-out images are too few")
 
-    tokenizer = None
-    if config.task == "mim":
-        tokenizer = one_first(lambda: build_tokenizer(tokenizer_spec(config), device))
-    torch.manual_seed(config.seed)
-    objective = OBJECTIVES[config.task](config, tokenizer).to(device)
+    objective = make_objective(config, device)
     if config.weights != "none":
         if config.task == "tokenizer":
             raise ValueError("--task=tokenizer trains no ViT: leave --weights out")
@@ -1033,37 +1298,37 @@ def train(config):
     batches = (share(batch_of_step(s, len(dataset), config)) for s in range(start, steps))
     batches = loader(dataset, batches, config.num_workers, device)
     output = Log(config, train_images, start, steps, per_epoch)
-    names = ["loss", *objective.metrics, "grad_norm"]
 
     for step, batch in enumerate(batches, start):
-        weight, stop = all_sum(objective.weight(batch), output.stop)
+        *totals, stop = all_sum(*objective.counts(batch), output.stop)
         if stop:
             break
         lr = cosine(step, steps, warmup, config.lr, config.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         torch.manual_seed(stream(config.seed, step, rank()))  # for stochastic depth and noise
-        row, parts = 0, list(micro_batches(batch, config.micro_batch))
+        row, parts = {}, list(micro_batches(batch, config.micro_batch))
         for number, part in enumerate(parts, 1):
-            part_share = objective.weight(part) / weight
             sync = number == len(parts) or world_size() == 1
             with nullcontext() if sync else model.no_sync():
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss, metrics = model(to_device(part, device, step / steps))
-                # DDP takes the mean over the processes; the loss is the mean over the whole batch
-                scaler.scale(loss * part_share * world_size()).backward()
-            row = row + part_share * torch.stack([loss.detach(), *metrics.values()])
+                    loss, metrics = model(to_device(part, device, step / steps), totals)
+                # DDP takes the mean over the processes, of which each loss is a share of the sum
+                scaler.scale(loss * world_size()).backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                row[name] = row.get(name, 0) + value
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        objective.after_step(step / steps)
 
-        row = torch.cat([row, norm.view(1) / world_size()])
+        row["grad_norm"] = norm / world_size()
         to_log, to_evaluate, to_save = output.add(row, batch)
         if not (to_log or to_evaluate or to_save):
             continue
-        line = output.read(names, lr)
+        line = output.read(lr)
         if to_evaluate:
             line |= evaluate(objective, val_dataset, config, device, dtype, output.done / steps)
             if rank() == 0:
@@ -1071,7 +1336,43 @@ def train(config):
         output.write(line)
         if to_save:
             save(output.done)
-    return output.close(names, save)
+    return output.close(save)
+
+
+def fit_pca(config):
+    """Find the principal components of the patches of (at most 5,000) training images, as they
+    are seen in training. Returns True: unlike a training it takes minutes, and is never stopped."""
+    device, _ = setup_device(config)
+    images, val_images = open_images(config)
+    pca = PCA(PCAConfig(config.patch_size, config.components))
+    claim_folder(config)
+    if config.resume == "auto" and load_checkpoint(config.out):
+        log(f"pca into {config.out}: done already")
+        return True
+    dataset = Views(images, config, config.image_size, train=True)
+    keys = share([(0, i) for i in permutation(len(images), config.seed, 0)[:5_000]])
+    parts = [keys[i : i + config.micro_batch] for i in range(0, len(keys), config.micro_batch)]
+    batches = tqdm(loader(dataset, parts, config.num_workers, device), "principal components",
+                   disable=rank() > 0 or not sys.stderr.isatty())
+    moments = sum(pca.moments(pixels(batch["images"])) for batch in batches)
+    pca.fit(torch.tensor(all_sum(*moments.tolist()), dtype=torch.float64))
+    explained = (pca.variances.cumsum(0) / pca.variances.sum()).tolist()
+    counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < config.components]
+    counts.append(config.components)
+    log(f"{config.components} of {len(explained)} components hold "
+        f"{100 * explained[config.components - 1]:.2f}% of the variance of a patch:")
+    log("  ".join(f"{n}: {100 * explained[n - 1]:.1f}%" for n in counts))
+    save_checkpoint(config.out, model=pca.state_dict(), arch=asdict(pca.config), step=0,
+                    config=asdict(config))
+    if rank() == 0:
+        keys = [(0, index) for index in range(min(8, len(val_images)))]
+        val = Views(val_images, config, config.image_size, train=False)
+        shown = pixels(next(iter(loader(val, [keys], 0, device)))["images"])
+        values = pca.encode(shown)
+        columns = {f"{n} components": pca.decode(values[..., :n]) for n in counts[-5:]}
+        path = os.path.join(config.out, "reconstruction.png")
+        save_columns(path, {"image": shown, **columns})
+    return True
 
 
 def plan(config):
@@ -1081,12 +1382,15 @@ def plan(config):
     if os.path.isdir(config.data):
         count = len(open_images(config)[0])
     steps, per_epoch, warmup = run_length(config, count)
-    if config.tokenizer.startswith("dvae"):
-        tokenizer = DVAE(DVAEConfig(config.vocab_size, config.downsample, config.dvae_dim))
-    else:
-        tokenizer = load_dalle(None, device)
-    torch.manual_seed(config.seed)
-    objective = OBJECTIVES[config.task](config, tokenizer.to(device)).to(device)
+    untrained = {
+        "dalle": lambda: load_dalle(None, device),
+        "dvae": lambda: DVAE(DVAEConfig(config.vocab_size, config.downsample, config.dvae_dim)),
+        "vqgan": lambda: VQGAN(1024),
+        "pixel": lambda: Pixels(config.patch_size),
+        "pca": lambda: PCA(PCAConfig(config.patch_size, config.components)),
+    }[config.tokenizer.partition(":")[0] if config.mim_weight else "pixel"]
+    tokenizer = untrained().to(device).eval().requires_grad_(False)
+    objective = make_objective(config, device, tokenizer)
     processes = config.processes or world_size()
     local = -(-config.batch_size // processes)  # images of a step in one process, rounded up
     micro = min(local, config.micro_batch)
@@ -1106,7 +1410,7 @@ def plan(config):
         part = next(micro_batches(batch, images))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss, _ = objective(to_device(part, device, 0.0))
+                loss, _ = objective(to_device(part, device, 0.0), objective.counts(part))
         loss.backward()
         loss.item()  # waits for the GPU
         return sum(kept.values())
@@ -1136,16 +1440,22 @@ speed       {speed:,.1f} images/s a process, {"given" if config.images_per_s els
 time        {days:,.2f} days on {processes} processes""")
 
 
+# What a run of MIM makes first, when --tokenizer names its kind and no file
+FIRST = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
+
+
 def main(argv=None):
     config = parse_args(Config, PRESETS, argv, __doc__)
     if config.task == "attention":
         return attention(config)
     if config.dry_run:
         return plan(config)
-    if config.task == "mim" and config.tokenizer == "dvae":
-        out = os.path.join(config.out, "tokenizer")
-        first = dict(task="tokenizer", out=out, steps=config.tokenizer_steps, weights="none")
-        if not train(replace(config, **first)):
+    if config.task == "pca":
+        return fit_pca(config)
+    if config.task == "mim" and config.mim_weight and config.tokenizer in FIRST:
+        task, make = FIRST[config.tokenizer]
+        first = dict(task=task, out=os.path.join(config.out, "tokenizer"), weights="none")
+        if not make(replace(config, **first, steps=config.tokenizer_steps)):
             return None  # stopped by SIGTERM
     return train(config)
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -39,7 +40,7 @@ from model import (
     load_weights,
     param_groups,
 )
-from tokenizer import DVAE, DVAEConfig, build_tokenizer, read_checkpoint
+from tokenizer import DVAE, VQGAN, DVAEConfig, build_tokenizer, read_checkpoint
 
 MEAN, STD = pretrain.NORMS["imagenet"]
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -992,9 +993,11 @@ def test_the_log_counts_the_steps_that_float16_left_out(tmp_path):
     config = pretrain.Config(out=str(tmp_path), batch_size=4, log_every=3, eval_every=0)
     output = pretrain.Log(config, None, 10, 20, per_epoch=5)
     for norm in (1.0, math.inf, 2.0):
-        due = output.add(torch.tensor([0.5, norm]), {"skipped": torch.zeros(4)})
-    assert due == [False, False, False] and output.add(torch.ones(2), {"skipped": torch.ones(4)})
-    line = output.read(["loss", "grad_norm"], 0.1)
+        row = {"loss": torch.tensor(0.5), "grad_norm": torch.tensor(norm)}
+        due = output.add(row, {"skipped": torch.zeros(4)})
+    row = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}
+    assert due == [False, False, False] and output.add(row, {"skipped": torch.ones(4)})
+    line = output.read(0.1)
     assert (line["skipped_steps"], line["step"], line["epoch"], line["lr"]) == (1, 14, 2.8, 0.1)
     assert (line["loss"], line["grad_norm"]) == (1.0, 1.0)
 
@@ -1097,6 +1100,391 @@ def test_base_trains_on_photographs_with_dalles_tokens(tmp_path, dalle):
     assert os.path.getsize(f"{tmp_path}/out/reconstruction.png") > 10_000
     model = BEiT(ViTConfig.named("base"), 8192)
     assert "newly initialised: none" in load_weights(model, f"{tmp_path}/out/checkpoint.pt")
+
+
+# ---- other targets and contrastive losses --------------------------------------------------------
+
+
+def slow_vqgan(state, images):
+    """taming-transformers' f=16 VQ-GAN from its paper and its checkpoint's names: (features before
+    the codebook, tokens, decoded images)."""
+
+    def conv(x, name, **options):
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **options)
+
+    def norm(x, name):
+        groups = x.reshape(len(x), 32, -1)
+        mean, var = groups.mean(2, keepdim=True), groups.var(2, unbiased=False, keepdim=True)
+        x = ((groups - mean) / (var + 1e-6).sqrt()).view_as(x)
+        weight, bias = (state[f"{name}.{kind}"][:, None, None] for kind in ("weight", "bias"))
+        return x * weight + bias
+
+    def swish(x):
+        return x * torch.sigmoid(x)
+
+    def block(x, name):
+        h = conv(swish(norm(x, f"{name}.norm1")), f"{name}.conv1", padding=1)
+        h = conv(swish(norm(h, f"{name}.norm2")), f"{name}.conv2", padding=1)
+        short = f"{name}.nin_shortcut"
+        return h + (conv(x, short) if f"{short}.weight" in state else x)
+
+    def attention(x, name):
+        q, k, v = (conv(norm(x, f"{name}.norm"), f"{name}.{kind}").flatten(2) for kind in "qkv")
+        weights = (torch.einsum("bci,bcj->bij", q, k) / math.sqrt(x.shape[1])).softmax(2)
+        return x + conv(torch.einsum("bij,bcj->bci", weights, v).view_as(x), f"{name}.proj_out")
+
+    def middle(x, name):
+        x = attention(block(x, f"{name}.block_1"), f"{name}.attn_1")
+        return block(x, f"{name}.block_2")
+
+    x = conv(images * 2 - 1, "encoder.conv_in", padding=1)
+    for level in range(5):
+        for number in range(2):
+            x = block(x, f"encoder.down.{level}.block.{number}")
+            x = attention(x, f"encoder.down.{level}.attn.{number}") if level == 4 else x
+        if level < 4:
+            x = conv(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{level}.downsample.conv", stride=2)
+    x = swish(norm(middle(x, "encoder.mid"), "encoder.norm_out"))
+    x = conv(x, "encoder.conv_out", padding=1)
+    features = conv(x, "quant_conv")
+    codes = state["quantize.embedding.weight"]
+    distances = (features.unsqueeze(1) - codes[None, :, :, None, None]).square().sum(2)
+    tokens = distances.argmin(1)
+    x = conv(codes[tokens].permute(0, 3, 1, 2), "post_quant_conv")
+    x = middle(conv(x, "decoder.conv_in", padding=1), "decoder.mid")
+    for level in reversed(range(5)):
+        for number in range(3):
+            x = block(x, f"decoder.up.{level}.block.{number}")
+            x = attention(x, f"decoder.up.{level}.attn.{number}") if level == 4 else x
+        if level > 0:
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            x = conv(x, f"decoder.up.{level}.upsample.conv", padding=1)
+    x = conv(swish(norm(x, "decoder.norm_out")), "decoder.conv_out", padding=1)
+    return features, tokens, ((x + 1) / 2).clamp(0, 1)
+
+
+def test_vqgan_reads_lightnings_checkpoint_and_computes_the_same(tmp_path, monkeypatch):
+    with torch.device("meta"):  # of the originals' full size
+        counts = [sum(p.numel() for p in VQGAN(codes).parameters()) for codes in (1024, 16384)]
+    assert counts == [72_141_699, 76_073_859]
+    monkeypatch.setattr("tokenizer.CHANNELS", (32, 32, 64, 64, 128))
+    torch.manual_seed(0)
+    state = VQGAN(50).state_dict()
+    state["quantize.embedding.weight"] *= 0.3
+    # as Lightning writes it: callbacks by their class, and a loss's networks
+    callback = types.ModuleType("pytorch_lightning")
+    callback.Callback = type("Callback", (), {"__module__": callback.__name__})
+    monkeypatch.setitem(sys.modules, callback.__name__, callback)
+    state["loss.discriminator.weight"] = torch.zeros(3)
+    saved = {"state_dict": state, "epoch": 1, "callbacks": {callback.Callback: np.float64(0.5)}}
+    torch.save(saved, tmp_path / "last.ckpt")
+    monkeypatch.delitem(sys.modules, callback.__name__)
+
+    vqgan = build_tokenizer(f"vqgan:{tmp_path}/last.ckpt")
+    assert (vqgan.vocab_size, vqgan.downsample) == (50, 16)
+    for height, width in ((32, 32), (48, 80), (64, 32)):
+        images = torch.rand(2, 3, height, width)
+        with torch.no_grad():
+            features, tokens, decoded = slow_vqgan(state, images)
+            assert (vqgan.quant_conv(vqgan.encoder(images * 2 - 1)) - features).abs().max() < 1e-4
+        assert torch.equal(vqgan.encode(images), tokens) and len(tokens.unique()) > 2
+        assert tokens.shape == (2, height // 16, width // 16)
+        assert (vqgan.decode(tokens) - decoded).abs().max() < 1e-4
+    torch.save({"state_dict": {"quantize.embedding.weight": torch.zeros(5, 256)}}, tmp_path / "x")
+    with pytest.raises(ValueError, match="x: no checkpoint of taming-transformers' f=16 VQ-GAN"):
+        build_tokenizer(f"vqgan:{tmp_path}/x")
+
+
+def test_pixels_are_those_of_the_patch():
+    images = torch.rand(2, 3, 8, 12)
+    plain, normed = (build_tokenizer(spec, patch_size=4) for spec in ("pixel", "pixel:norm"))
+    values, normed = plain.encode(images), normed.encode(images)
+    assert values.shape == (2, 2, 3, 48) and plain.downsample == 4
+    patch = images[1, :, 4:8, 8:12].flatten()  # row 1, column 2
+    assert torch.allclose(values[1, 1, 2], 4 * patch - 2, atol=1e-6)
+    expected = (patch - patch.mean()) / patch.std(unbiased=False)
+    assert torch.allclose(normed[1, 1, 2], expected, atol=1e-3)
+    assert torch.allclose(plain.decode(values), images, atol=1e-6)
+    with pytest.raises(ValueError, match="pixel:x: give pixel or pixel:norm"):
+        build_tokenizer("pixel:x")
+
+
+def test_principal_components_are_those_of_numpys_svd(tmp_path, capsys):
+    folder = make_folder(tmp_path / "images", 12, side=16)
+    words = [*TOY, "--task=pca", f"--data={folder}", "--components=20", "--micro_batch=5"]
+    words = [*words, "--jitter=0", "--crop_min=0.9"]
+    pretrain.main([*words, f"--out={tmp_path}/one"])
+    python("pretrain.py", *words, f"--out={tmp_path}/two", processes=2)
+    config = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, words)
+    train = pretrain.open_images(config)[0]
+    views = pretrain.Views(train, config, 32, train=True)
+    images = np.stack([views[0, i]["images"].numpy() for i in range(len(train))]) / 255
+    patches = images.reshape(-1, 3, 8, 4, 8, 4).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 48)
+    mean = patches.mean(0)
+    _, scale, rows = np.linalg.svd(patches - mean, full_matrices=False)
+    variances = scale**2 / len(patches)
+    for out in ("one", "two"):
+        pca = build_tokenizer(f"pca:{tmp_path}/{out}/checkpoint.pt")
+        assert np.allclose(pca.mean, mean, atol=1e-6)
+        assert np.allclose(pca.variances, variances, rtol=1e-3, atol=1e-8)
+        assert pca.outputs == 20
+        assert np.allclose(abs(pca.components.numpy() @ rows[:20].T), np.eye(20), atol=1e-3)
+    values = pca.encode(torch.tensor(images, dtype=torch.float32))
+    white = values.flatten(0, 2).numpy()
+    assert abs(white.mean(0)).max() < 1e-3 and np.allclose(white.std(0), 1, atol=1e-2)
+    errors = [(pca.decode(values[..., :n]) - torch.tensor(images)).square().mean().item()
+              for n in range(1, 21)]
+    assert all(a > b for a, b in zip(errors, errors[1:]))
+    assert math.isclose(errors[-1], variances[20:].sum() / 48, rel_tol=0.05)  # and what is left out
+    said = capsys.readouterr().out
+    assert f"20 of 48 components hold {100 * variances[:20].sum() / variances.sum():.2f}%" in said
+
+
+@pytest.mark.parametrize("target", ["pixel", "pixel:norm", "pca"])
+def test_other_targets_train_from_one_command(target, tmp_path):
+    words = [f"--tokenizer={target}", "--steps=40", "--components=3"]
+    folder = make_folder(tmp_path / "images", 40, side=32)
+    lines = toy(tmp_path, *words, f"--data={folder}", "--crop_min=0.9")
+    losses = [line["loss"] for line in lines]
+    assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
+    config = pretrain.Config(**json.load(open(tmp_path / "config.json")))
+    spec = f"pca:{tmp_path}/tokenizer/checkpoint.pt" if target == "pca" else target
+    tokenizer = build_tokenizer(spec, patch_size=4)
+    dataset = pretrain.Views(pretrain.open_images(config)[1], config, 32, train=False)
+    values = []
+    for sample in (dataset[0, index] for index in range(len(dataset))):
+        values.append(tokenizer.encode(sample["images"][None] / 255.0)[0][sample["mask"]])
+    values = torch.cat(values).double().numpy()
+    constant = ((values - values.mean(0)) ** 2).mean()
+    assert math.isclose(lines[-1]["val_constant_loss"], constant, rel_tol=1e-4)
+    explained = 1 - lines[-1]["val_loss"] / constant
+    assert math.isclose(lines[-1]["val_explained"], explained, rel_tol=1e-3, abs_tol=1e-4)
+    with Image.open(tmp_path / "reconstruction.png") as picture:
+        assert picture.width == 4 * 132 + 4
+
+
+CONTRASTS = """
+import sys, torch
+import torch.distributed as dist
+import pretrain
+from model import GlobalBatchNorm
+
+if pretrain.world_size() > 1:
+    dist.init_process_group("gloo")
+data = torch.load(sys.argv[1], weights_only=True)
+config = pretrain.Config(prototypes=6, projector_dim=8)
+results = {}
+for name, (student, teacher, centre, progress) in data.items():
+    student = {k: pretrain.share(v).requires_grad_() for k, v in student.items()}
+    teacher = {k: pretrain.share(v) for k, v in teacher.items()}
+    loss = pretrain.CONTRASTS[name](config, 4)
+    if name == "dino":
+        loss.centre.copy_(centre)
+    total = loss(student, teacher, progress)
+    total.backward()
+    loss.after_step()
+    results[name] = total.detach(), {k: v.grad for k, v in student.items()}, loss.state_dict()
+norm, x = GlobalBatchNorm(3), pretrain.share(data["dino"][0][0])[:, :3].clone().requires_grad_()
+y = norm(x)
+y.pow(3).sum().backward()
+results["norm"] = y.detach(), x.grad
+torch.save(results, f"{sys.argv[2]}.{pretrain.rank()}")
+"""
+
+
+def slow_dino(student, teacher, centre, progress):
+    temperature = 0.04 + 0.03 * min(1, progress * 10)
+    total, pairs = 0, 0
+    for a, t in teacher.items():
+        for b, s in student.items():
+            if a == b:
+                continue
+            pairs += 1
+            for i in range(len(t)):
+                p = [math.exp((t[i, k] - centre[k]) / temperature) for k in range(t.shape[1])]
+                z = sum(torch.exp(s[i, k] / 0.1) for k in range(t.shape[1]))
+                total = total - sum(p[k] / sum(p) * torch.log(torch.exp(s[i, k] / 0.1) / z)
+                                    for k in range(t.shape[1]))
+    return total / pairs
+
+
+def cosine_similarity(a, b):
+    return (a * b).sum() / (a.norm() * b.norm())
+
+
+def slow_moco(student, teacher, centre, progress):
+    total = 0
+    for a, t in teacher.items():
+        for b, s in student.items():
+            for i in range(len(s) if a != b else 0):
+                terms = [torch.exp(cosine_similarity(s[i], t[j]) / 0.2) for j in range(len(t))]
+                total = total - 2 * 0.2 * torch.log(terms[i] / sum(terms))
+    return total
+
+
+def slow_simclr(student, teacher, centre, progress):
+    z = torch.cat(list(student.values()))
+    count, total = len(z) // 2, 0
+    for i in range(2 * count):
+        terms = [torch.exp(cosine_similarity(z[i], z[j]) / 0.1) for j in range(2 * count)]
+        total = total - torch.log(terms[(i + count) % (2 * count)] / (sum(terms) - terms[i]))
+    return total / 2
+
+
+def test_contrastive_losses_are_those_of_slow_loops_on_one_and_two_processes(tmp_path):
+    torch.manual_seed(0)
+
+    def views(*names):
+        return {name: torch.randn(4, 6) for name in names}
+
+    data = {
+        "dino": (views(0, 1, 2, 3), views(0, 1), torch.randn(6) / 10, 0.04),
+        "moco": (views(0, 1), views(0, 1), None, 0.5),
+        "simclr": (views("masked", 0), {}, None, 0.5),
+    }
+    torch.save(data, tmp_path / "data.pt")
+    (tmp_path / "run.py").write_text(CONTRASTS)
+    for processes in (1, 2):
+        python(tmp_path / "run.py", tmp_path / "data.pt", tmp_path / f"of{processes}",
+               processes=processes, env={**os.environ, "PYTHONPATH": HERE})
+        parts = [torch.load(tmp_path / f"of{processes}.{r}", weights_only=True)
+                 for r in range(processes)]
+        for name, slow in dict(dino=slow_dino, moco=slow_moco, simclr=slow_simclr).items():
+            student, teacher, centre, progress = data[name]
+            student = {k: v.double().requires_grad_() for k, v in student.items()}
+            teacher = {k: v.double() for k, v in teacher.items()}
+            loss = slow(student, teacher, centre, progress)
+            loss.backward()
+            assert math.isclose(sum(part[name][0] for part in parts), loss.item(), rel_tol=1e-5)
+            for key, value in student.items():
+                found = torch.cat([part[name][1][key] for part in parts])
+                assert torch.allclose(found.double(), value.grad, atol=1e-5), (name, key)
+        mean = torch.cat([data["dino"][1][0], data["dino"][1][1]]).mean(0)
+        for part in parts:  # the centre follows the whole batch in every process
+            assert torch.allclose(part["dino"][2]["centre"], 0.9 * data["dino"][2] + 0.1 * mean)
+        x = data["dino"][0][0][:, :3].clone().requires_grad_()
+        y = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+        y.pow(3).sum().backward()
+        for number, expected in enumerate((y, x.grad)):
+            found = torch.cat([part["norm"][number] for part in parts])
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
+def contrastive(*words):
+    """A toy objective, its configuration and batches."""
+    config = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, [*TOY, *words])
+    images = pretrain.open_images(config)[0]
+    objective = pretrain.make_objective(config, torch.device("cpu"))
+    views = pretrain.Views(images, config, objective.token_size, train=True)
+
+    def batch(step):
+        keys = pretrain.batch_of_step(step, len(images), config)
+        parts = next(iter(pretrain.loader(views, [keys], 0, torch.device("cpu"))))
+        return pretrain.to_device(parts, "cpu", step / 10)
+
+    return objective, batch
+
+
+def test_the_teacher_is_the_students_moving_average():
+    objective, batch = contrastive("--contrast=moco", "--tokenizer=pixel", "--projector_dim=8")
+    expected = {name: value.clone() for name, value in objective.teacher.named_parameters()}
+    assert expected and not any(v.requires_grad for v in objective.teacher.parameters())
+    optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.5)
+    for step in range(10):
+        loss, _ = objective(batch(step), objective.counts(batch(step)))
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        objective.after_step(step / 10)
+        momentum = 1 - 0.01 * (1 + math.cos(math.pi * step / 10)) / 2  # from 0.99 to 1
+        student = dict(objective.model.named_parameters())
+        expected = {name: momentum * value + (1 - momentum) * student[name]
+                    for name, value in expected.items()}
+    moved = 0
+    for name, value in objective.teacher.named_parameters():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+        moved = max(moved, (value - student[name]).abs().max())
+    assert moved > 1e-3
+
+
+def test_views_of_a_contrastive_loss(tmp_path):
+    for words, whole, small in (
+        (["--contrast=dino"], 1, None),
+        (["--contrast=moco", "--mim_weight=0"], 2, None),
+        (["--contrast=dino", "--local_crops=3"], 2, (8, 3, 3, 12, 12)),
+    ):
+        objective, batch = contrastive("--tokenizer=pixel", *words)
+        first, again = batch(0), batch(0)
+        assert first["views"].shape == (8, whole, 3, 32, 32)
+        assert small is None or first["local_views"].shape == small  # 96 / 224 of 8 patches: 3
+        assert all(torch.equal(first[k], again[k]) for k in ("views", "images"))
+        others = [first["images"], *first["views"].unbind(1)]
+        for a in range(len(others)):
+            assert all((others[a] != others[b]).any() for b in range(a))
+
+
+@pytest.mark.parametrize("words, runs", [
+    ("--contrast=dino --contrast_on=mean", {"parts": (1, 3), "three": (3, 2)}),
+    ("--contrast=dino --local_crops=2", {"parts": (1, 3), "two": (2, 2)}),
+    ("--contrast=moco", {"two": (2, 5)}),
+    ("--contrast=simclr --mim_weight=0", {"two": (2, 5)}),
+])
+def test_processes_do_not_change_a_contrastive_loss(words, runs, tmp_path):
+    words = [*TOY, *words.split(), "--tokenizer=pixel", "--steps=1", "--drop_path=0"]
+    words += ["--batch_size=10", "--clip_grad=0", "--eval_every=1", "--projector_dim=16"]
+    words += ["--prototypes=32"]
+    for name, (processes, micro) in {"one": (1, 10), **runs}.items():
+        out = tmp_path / name
+        python("pretrain.py", *words, f"--out={out}", f"--micro_batch={micro}", processes=processes)
+    one = pretrain.read_metrics(tmp_path / "one" / "metrics.jsonl")[0]
+    expected = gradients(tmp_path / "one")
+    assert expected.abs().max() > 1e-3
+    for name in runs:
+        line = pretrain.read_metrics(tmp_path / name / "metrics.jsonl")[0]
+        for metric in {"loss", "contrast_loss", "val_loss", "val_spread"} & one.keys():
+            close = 1e-2 if metric == "val_spread" else 1e-4
+            assert math.isclose(line[metric], one[metric], rel_tol=close), (name, metric)
+        difference = (gradients(tmp_path / name) - expected).abs().max()
+        assert difference < 5e-5 * expected.abs().max(), name  # temperatures blow noise up
+
+
+@pytest.mark.parametrize("contrast", ["dino", "moco", "simclr"])
+def test_contrastive_runs_learn_and_resume_exactly(contrast, tmp_path):
+    words = [f"--contrast={contrast}", "--tokenizer=pixel", "--projector_dim=16", "--steps=30"]
+    words += ["--prototypes=32", "--save_every=15", "--lr=1e-3", "--eval_every=30"]
+    lines = toy(tmp_path / "whole", *words)
+    for name in ("mim_loss", "contrast_loss")[: 1 if contrast == "dino" else 2]:
+        # (DINO's own loss also rises when its teacher becomes less certain)
+        assert np.mean([x[name] for x in lines[-8:]]) < np.mean([x[name] for x in lines[:5]]), name
+    assert 0.05 < lines[-1]["val_spread"] < 1.5
+    toy(tmp_path / "half", *words)
+    (tmp_path / "half" / "checkpoint.pt").unlink()  # goes on from previous.pt, of step 15
+    assert toy(tmp_path / "half", *words)[-1]["loss"] == lines[-1]["loss"]
+    a, b = (read_checkpoint(tmp_path / out / "checkpoint.pt") for out in ("whole", "half"))
+    assert same_weights(tmp_path / "whole", tmp_path / "half")
+    assert all(torch.equal(v, b["objective"][k]) for k, v in a["objective"].items())
+    assert any(k.startswith("teacher.") for k in a["objective"]) == (contrast != "simclr")
+    # what is trained so is a start for the rest, and goes to other libraries
+    path = tmp_path / "whole" / "checkpoint.pt"
+    report = load_weights(Classifier(ViTConfig(**a["arch"]), 3), path)
+    assert "projector" in report.splitlines()[1]
+    export_weights(path, "timm", str(tmp_path / "timm.pth"))
+
+
+def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
+    words = [*TOY, f"--out={tmp_path}/out", "--tokenizer=pixel"]
+    for extra, message in (
+        (["--contrast=moco", "--micro_batch=4"], "cannot accumulate; give --micro_batch=8"),
+        (["--contrast=simclr", "--micro_batch=4"], "compares all images of a batch"),
+        (["--contrast=moco", "--local_crops=2"], "only --contrast=dino has them"),
+        (["--contrast=byol"], "invalid choice: 'byol' (choose from"),
+        (["--tokenizer=pca", "--components=49"], "a patch of 4x4 pixels has 1 to 48"),
+        (["--tokenizer=vqgan"], "unknown; known are dalle[:DIR], dvae:FILE, vqgan:FILE, pca:FILE"),
+        (["--tokenizer=vqgan:none.ckpt"], "none.ckpt: no such file"),
+        (["--mask=none"], "--mask=none hides nothing to predict"),
+    ):
+        assert message in error_of(capsys, *words, *extra)
+    toy(tmp_path / "pca", "--task=pca", "--components=4", f"--data={make_folder(tmp_path / 'i')}")
+    text = error_of(capsys, *words, f"--tokenizer=dvae:{tmp_path}/pca/checkpoint.pt")
+    assert "checkpoint.pt: no checkpoint of --task=tokenizer" in text
 
 
 # ---- classification ------------------------------------------------------------------------------

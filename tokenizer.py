@@ -1,46 +1,103 @@
-"""Image tokenizers: from pixels to the discrete visual tokens that BEiT predicts, and back (sec.
-2.1.2).
+"""From images to what BEiT predicts of their hidden patches, and back (sec. 2.1.2).
 
-`build_tokenizer("dalle")` is the paper's: DALL-E's dVAE. `build_tokenizer("dvae:FILE")` is one of
-our own, trained by `pretrain.py --task=tokenizer` (appendix C). Both have
+`build_tokenizer("dalle")` is the paper's: DALL-E's dVAE. `dvae:FILE` is one of our own, trained by
+`pretrain.py --task=tokenizer` (appendix C), `vqgan:FILE` taming-transformers' VQ-GAN. These are
+discrete: a patch becomes one of vocab_size tokens. `pixel` and `pca:FILE` are not tokenizers at
+all: a patch's target are its pixels (table 4), or its principal components. All have
 
-    vocab_size            how many different tokens there are
-    downsample            pixels a side that one token stands for
-    encode(images)        (B, 3, H, W) in [0, 1] -> int64 (B, H / downsample, W / downsample)
-    decode(tokens)        the way back: (B, h, w) -> images (B, 3, h * downsample, w * downsample)
+    downsample            pixels a side that one target stands for
+    outputs               how many numbers predict one target: vocab_size logits, or its values
+    encode(images)        (B, 3, H, W) in [0, 1] -> int64 (B, H / downsample, W / downsample), or
+                          float (B, H / downsample, W / downsample, outputs)
+    decode(targets)       the way back, to images (B, 3, H, W)
+
+and what they have from `Tokens` or `Values`: the loss, and what is reached without knowledge.
 """
 
-import argparse
 import math
 import os
+import zipfile
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 DALLE_URL = "https://cdn.openai.com/dall-e/"  # + encoder.pkl, decoder.pkl
 
 
-def build_tokenizer(spec, device="cpu"):
+def build_tokenizer(spec, device="cpu", patch_size=16):
     """The tokenizer that `spec` names, frozen, on `device`.
 
     `dalle` (downloaded once to torch's hub cache), `dalle:DIR` (a folder with the official
-    encoder.pkl and decoder.pkl) or `dvae:FILE` (a checkpoint of --task=tokenizer). Raises
-    ValueError for an unknown spec or a file that is not what it should be.
+    encoder.pkl and decoder.pkl), `dvae:FILE` (a checkpoint of --task=tokenizer), `vqgan:FILE` (a
+    Lightning checkpoint of taming-transformers), `pca:FILE` (a checkpoint of --task=pca), `pixel`
+    or `pixel:norm`, for which patch_size is needed. Raises ValueError for an unknown spec or a file
+    that is not what it should be.
     """
     kind, _, path = spec.partition(":")
-    if kind not in TOKENIZERS or (kind != "dalle" and not path):
+    if kind not in TOKENIZERS or (not path and kind not in ("dalle", "pixel")):
         known = ", ".join(f"{name}{form}" for name, (_, form) in TOKENIZERS.items())
         raise ValueError(f"--tokenizer={spec}: unknown; known are {known}")
-    tokenizer = TOKENIZERS[kind][0](path, torch.device(device))
+    tokenizer = TOKENIZERS[kind][0](path, torch.device(device), patch_size)
     return tokenizer.to(device).eval().requires_grad_(False)
+
+
+class Tokens(nn.Module):
+    """What discrete tokenizers share. n targets are (n,) int64, predicted by (n, vocab) logits."""
+
+    @property
+    def outputs(self):
+        return self.vocab_size
+
+    def target_loss(self, logits, tokens):
+        """Sums over n targets: (cross entropy (eq. 2), {"accuracy": the right guesses})."""
+        right = (logits.argmax(dim=1) == tokens).float().sum()
+        return F.cross_entropy(logits.float(), tokens, reduction="sum"), {"accuracy": right}
+
+    def best(self, logits):
+        return logits.argmax(dim=1)
+
+    def statistics(self, tokens):
+        """What `baselines` needs the mean of, summed over n targets."""
+        return {"frequency": torch.bincount(tokens, minlength=self.vocab_size)}
+
+    def baselines(self, means):
+        """What one reaches knowing only how frequent each token is: the loss (their entropy, in
+        nats) and the accuracy (always the most frequent); the share of the vocabulary that
+        occurs."""
+        frequency = means.pop("frequency")
+        seen = frequency[frequency > 0]
+        entropy, used = -(seen * np.log(seen)).sum(), len(seen) / len(frequency)
+        return means | dict(unigram_entropy=entropy, most_frequent=seen.max(), vocab_used=used)
+
+
+class Values(nn.Module):
+    """What continuous targets share. n of them are (n, outputs), predicted by the same."""
+
+    def target_loss(self, values, targets):
+        """Sums over n targets: (mean squared error, no metrics)."""
+        return F.mse_loss(values.float(), targets, reduction="sum") / self.outputs, {}
+
+    def best(self, values):
+        return values
+
+    def statistics(self, targets):
+        """What `baselines` needs the mean of, summed over n targets."""
+        return {"value": targets.sum(dim=0), "square": targets.square().mean(dim=1).sum()}
+
+    def baselines(self, means):
+        """The loss of always predicting the mean target, and the share of it that is saved."""
+        constant = means.pop("square") - (means.pop("value") ** 2).mean()
+        return means | dict(constant_loss=constant, explained=1 - means["loss"] / constant)
 
 
 # ---- DALL-E's dVAE -------------------------------------------------------------------------------
 
 
-class DalleTokenizer(nn.Module):
+class DalleTokenizer(Tokens):
     """DALL-E's dVAE from the `dall-e` package: 8192 tokens, one for 8x8 pixels (sec. 2.4)."""
 
     vocab_size, downsample = 8192, 8
@@ -80,24 +137,18 @@ def load_dalle(folder, device):
 
 
 def dalle_file(folder, name):
-    """The path of a pickle in `folder`, or without one in torch's hub cache, downloaded if need
-    be."""
+    """The path of a pickle in `folder`, or else in torch's hub cache, downloaded if need be."""
     path = os.path.join(folder or os.path.join(torch.hub.get_dir(), "dall-e"), name)
     if not folder and not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(
-                DALLE_URL + name, path
-            )  # to a temporary file, then renamed
+        try:  # to a temporary file, then renamed
+            torch.hub.download_url_to_file(DALLE_URL + name, path)
         except OSError as error:
-            raise ValueError(
-                f"{DALLE_URL}{name}: download failed ({error}); fetch encoder.pkl and decoder.pkl "
-                "on another machine and give their folder as --tokenizer=dalle:DIR"
-            ) from error
+            raise ValueError(f"{DALLE_URL}{name}: download failed ({error}); fetch encoder.pkl and "
+                             "decoder.pkl on another machine and give their folder as "
+                             "--tokenizer=dalle:DIR") from error
     if not os.path.exists(path):
-        raise ValueError(
-            f"{path}: no such file; --tokenizer=dalle:DIR needs DALL-E's {name} in DIR"
-        )
+        raise ValueError(f"{path}: no such file; --tokenizer=dalle:DIR needs DALL-E's {name}")
     return path
 
 
@@ -111,24 +162,17 @@ def read_dalle_pickle(path, module):
     """
     from dall_e import decoder, encoder, utils
 
-    allowed = [
-        encoder.Encoder,
-        encoder.EncoderBlock,
-        decoder.Decoder,
-        decoder.DecoderBlock,
-        utils.Conv2d,
-    ]
-    allowed += [nn.Sequential, nn.Identity, nn.ReLU, nn.MaxPool2d, nn.Upsample, torch.device, set]
+    allowed = [encoder.Encoder, encoder.EncoderBlock, decoder.Decoder, decoder.DecoderBlock,
+               utils.Conv2d, nn.Sequential, nn.Identity, nn.ReLU, nn.MaxPool2d, nn.Upsample,
+               torch.device, set]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with safe_globals(allowed):
             weights = torch.load(path, map_location="cpu", weights_only=True).state_dict()
         module.load_state_dict(weights)
     except Exception as error:  # the unpickler raises many types for a damaged or doctored file
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{path}: damaged, or not DALL-E's {type(module).__name__} ({reason[:200]}); "
-            "delete it and download it again"
-        ) from error
+        raise ValueError(f"{path}: damaged, or not DALL-E's {type(module).__name__} "
+                         f"({reason[:200]}); delete it and download it again") from error
 
 
 # ---- our own dVAE --------------------------------------------------------------------------------
@@ -155,7 +199,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
-class DVAE(nn.Module):
+class DVAE(Tokens):
     """A discrete variational autoencoder: image -> a distribution over tokens at each place ->
     image.
 
@@ -183,11 +227,7 @@ class DVAE(nn.Module):
 
     def logits(self, images):
         """Images (B, 3, H, W) in [0, 1] -> (B, vocab, h, w)."""
-        if images.shape[2] % self.downsample or images.shape[3] % self.downsample:
-            raise ValueError(
-                f"images of {images.shape[2]}x{images.shape[3]} pixels are no multiple of "
-                f"downsample={self.downsample}"
-            )
+        check_sides(images, self.downsample)
         return self.encoder(images * 2 - 1)
 
     @torch.no_grad()
@@ -214,33 +254,312 @@ class DVAE(nn.Module):
         return error + kl_weight * kl, {"error": error.detach(), "kl": kl.detach()}
 
 
-def load_dvae(path, device):
+def check_sides(images, downsample):
+    if images.shape[2] % downsample or images.shape[3] % downsample:
+        raise ValueError(f"images of {images.shape[2]}x{images.shape[3]} pixels are no multiple of "
+                         f"downsample={downsample}")
+
+
+def load_own(path, network, config, task):
+    """The network in a checkpoint.pt of pretrain.py."""
     checkpoint = read_checkpoint(path)
     try:
-        dvae = DVAE(DVAEConfig(**checkpoint["arch"]))
-        dvae.load_state_dict(checkpoint["model"])
+        made = network(config(**checkpoint["arch"]))
+        made.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: no checkpoint of --task=tokenizer; --tokenizer=dvae:FILE needs one"
-        ) from error
-    return dvae
+        raise ValueError(f"{path}: no checkpoint of --task={task}, which is needed here") from error
+    return made
+
+
+# ---- taming-transformers' VQ-GAN -----------------------------------------------------------------
+# The f=16 model of ImageNet (arXiv 2012.09841): 224 px give 14x14 tokens. Parameters have the names
+# of the original checkpoint.
+
+CHANNELS = (128, 128, 256, 256, 512)  # of its five resolutions; the last has self-attention
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class VQGANBlock(nn.Module):
+    def __init__(self, channels, out):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out), nn.Conv2d(out, out, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+
+    def forward(self, x):
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class VQGANAttention(nn.Module):
+    """Self-attention of one head over all places of a feature map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        normed = self.norm(x)
+        parts = (part(normed).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(*parts)  # (B, h * w, channels)
+        return x + self.proj_out(out.transpose(1, 2).view_as(x))
+
+
+class Resample(nn.Module):
+    """Half the resolution, or twice."""
+
+    def __init__(self, channels, down):
+        super().__init__()
+        self.down = down
+        stride, padding = (2, 0) if down else (1, 1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride, padding)
+
+    def forward(self, x):
+        # padded at the right and at the bottom alone, as in the original
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2))
+
+
+class VQGANLevel(nn.Module):
+    """The blocks of one resolution, and the way to the next one."""
+
+    def __init__(self, channels, out, blocks, resample, down):
+        super().__init__()
+        self.block = nn.ModuleList(VQGANBlock(out if n else channels, out) for n in range(blocks))
+        attends = out == CHANNELS[-1]
+        self.attn = nn.ModuleList(VQGANAttention(out) for _ in range(blocks if attends else 0))
+        if resample:
+            setattr(self, "downsample" if down else "upsample", Resample(out, down))
+
+    def forward(self, x):
+        for number, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[number](x) if self.attn else x
+        resample = getattr(self, "downsample", getattr(self, "upsample", None))
+        return resample(x) if resample else x
+
+
+class VQGANMiddle(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.block_1, self.attn_1 = VQGANBlock(channels, channels), VQGANAttention(channels)
+        self.block_2 = VQGANBlock(channels, channels)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class VQGANEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        first, last = CHANNELS[0], CHANNELS[-1]
+        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
+        pairs = zip((first, *CHANNELS), CHANNELS)
+        self.down = nn.ModuleList(
+            VQGANLevel(*pair, 2, number < 4, True) for number, pair in enumerate(pairs)
+        )
+        self.mid = VQGANMiddle(last)
+        self.norm_out, self.conv_out = group_norm(last), nn.Conv2d(last, 256, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class VQGANDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        first, last = CHANNELS[0], CHANNELS[-1]
+        self.conv_in, self.mid = nn.Conv2d(256, last, 3, padding=1), VQGANMiddle(last)
+        pairs = zip((*CHANNELS[1:], last), CHANNELS)
+        self.up = nn.ModuleList(
+            VQGANLevel(*pair, 3, number > 0, False) for number, pair in enumerate(pairs)
+        )
+        self.norm_out, self.conv_out = group_norm(first), nn.Conv2d(first, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VQGAN(Tokens):
+    """Encoder, codebook and decoder of 16x16 pixels a token; vocab_size is 1024 or 16384."""
+
+    downsample = 16
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.encoder, self.decoder = VQGANEncoder(), VQGANDecoder()
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(256, 256, 1), nn.Conv2d(256, 256, 1)
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(vocab_size, 256)})
+
+    @torch.no_grad()
+    def encode(self, images):
+        check_sides(images, self.downsample)
+        features = self.quant_conv(self.encoder(images * 2 - 1)).float()  # (B, 256, h, w)
+        codes = self.quantize["embedding"].weight
+        with torch.autocast(images.device.type, enabled=False):  # half precision has many ties
+            # the nearest code: |z - e|^2 without |z|^2, which is the same for all codes
+            products = features.permute(0, 2, 3, 1) @ codes.T  # (B, h, w, vocab)
+            return (codes.square().sum(dim=1) - 2 * products).argmin(dim=3)
+
+    @torch.no_grad()
+    def decode(self, tokens):
+        codes = self.quantize["embedding"](tokens).permute(0, 3, 1, 2)  # (B, 256, h, w)
+        return ((self.decoder(self.post_quant_conv(codes)) + 1) / 2).clamp(0, 1)
+
+
+def load_vqgan(path):
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    try:
+        vqgan = VQGAN(len(state["quantize.embedding.weight"]))
+        state = {name: value for name, value in state.items() if not name.startswith("loss.")}
+        vqgan.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: no checkpoint of taming-transformers' f=16 VQ-GAN ({reason}); "
+                         "--tokenizer=vqgan:FILE needs its last.ckpt") from error
+    return vqgan
+
+
+# ---- targets without a tokenizer -----------------------------------------------------------------
+
+
+def patches_of(images, size):
+    """(B, 3, H, W) -> (B, H / size, W / size, 3 * size * size)."""
+    check_sides(images, size)
+    return F.pixel_unshuffle(images, size).permute(0, 2, 3, 1)
+
+
+def images_of(patches, size):
+    """The way back."""
+    return F.pixel_shuffle(patches.permute(0, 3, 1, 2), size)
+
+
+class Pixels(Values):
+    """The pixels of a patch (table 4), less 0.5 and times 4, so that they spread by about one; with
+    `norm` less the patch's own mean and over its own deviation (MAE, arXiv 2111.06377), which
+    leaves the network its structure to predict and not its brightness."""
+
+    def __init__(self, patch_size, norm=""):
+        super().__init__()
+        if norm not in ("", "norm"):
+            raise ValueError(f"--tokenizer=pixel:{norm}: give pixel or pixel:norm")
+        self.downsample, self.outputs, self.norm = patch_size, 3 * patch_size**2, norm
+
+    def encode(self, images):
+        values = 4 * patches_of(images, self.downsample) - 2
+        return F.layer_norm(values, values.shape[3:], eps=1e-6) if self.norm else values
+
+    def decode(self, values):
+        """With `norm` each patch has a grey mean and the same contrast: its own are not known."""
+        return (images_of(values.float(), self.downsample) / 4 + 0.5).clamp(0, 1)
+
+
+@dataclass
+class PCAConfig:
+    patch_size: int = 16
+    components: int = 64
+
+    def __post_init__(self):
+        if not 0 < self.components <= 3 * self.patch_size**2:
+            raise ValueError(f"components={self.components}: a patch of {self.patch_size}x"
+                             f"{self.patch_size} pixels has 1 to {3 * self.patch_size**2}")
+
+
+class PCA(Values):
+    """The first principal components of a patch's pixels, each over its standard deviation
+    (whitened): as many numbers as the picture needs, all of them as important to predict."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.downsample, self.outputs = config.patch_size, config.components
+        self.register_buffer("mean", torch.zeros(3 * config.patch_size**2))
+        self.register_buffer("components", torch.zeros(config.components, len(self.mean)))
+        self.register_buffer("variances", torch.ones(len(self.mean)))  # of all, the largest first
+
+    def moments(self, images):
+        """What `fit` needs the sum of: (1 + D + D * D,) float64 of (B, 3, H, W) in [0, 1]."""
+        rows = patches_of(images, self.config.patch_size).flatten(0, 2).double()  # (patches, D)
+        count = rows.new_full((1,), len(rows))
+        return torch.cat([count, rows.sum(dim=0), (rows.T @ rows).flatten()])
+
+    def fit(self, moments):
+        """Set mean, components (k, D) and variances from the moments of all patches."""
+        dim = len(self.mean)
+        count, total, products = moments.split([1, dim, dim * dim])
+        if count < 2:
+            raise ValueError("principal components need two patches or more")
+        mean = total / count
+        covariance = products.view(dim, dim) / count - mean.outer(mean)
+        variances, vectors = torch.linalg.eigh(covariance)  # the smallest first
+        self.mean.copy_(mean)
+        self.variances.copy_(variances.flip(0).clamp(min=0))
+        self.components.copy_(vectors.flip(1).T[: len(self.components)])
+
+    @property
+    def deviations(self):
+        """(k,); a component that does not vary counts for nothing, and is not blown up."""
+        return self.variances[: len(self.components)].sqrt().clamp(min=1e-4)
+
+    def encode(self, images):
+        centred = patches_of(images, self.config.patch_size) - self.mean
+        return centred @ self.components.T / self.deviations
+
+    def decode(self, values):
+        """Fewer components than all, the first ones, will do."""
+        kept = values.shape[3]
+        patches = (values.float() * self.deviations[:kept]) @ self.components[:kept] + self.mean
+        return images_of(patches, self.config.patch_size).clamp(0, 1)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+class Ignored:
+    """What read_checkpoint makes of every object that is neither a tensor nor a plain value."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
 
 
 def read_checkpoint(path):
     """The dict that torch.save wrote to `path`, on the CPU. Nothing in the file can run code: only
-    tensors and plain values are unpickled, and argparse.Namespace, which the official checkpoints
-    hold."""
+    tensors and plain values are unpickled. The rest, such as the command line in the official
+    checkpoints and the callbacks in Lightning's, becomes empty objects."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; give a checkpoint.pt or an official .pth file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        names = get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        with safe_globals([(Ignored, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{path}: damaged, or no checkpoint of plain tensors ({reason[:200]})"
-        ) from error
+        raise ValueError(f"{path}: damaged, or no checkpoint of plain tensors "
+                         f"({reason[:200]})") from error
 
 
-# kind -> how to build it from what follows the colon, and the form of that
-TOKENIZERS = {"dalle": (load_dalle, "[:DIR]"), "dvae": (load_dvae, ":FILE")}
+# kind -> how to build it from what follows the colon, the device and the patch size; its form
+TOKENIZERS = {
+    "dalle": (lambda path, device, patch_size: load_dalle(path, device), "[:DIR]"),
+    "dvae": (lambda path, *_: load_own(path, DVAE, DVAEConfig, "tokenizer"), ":FILE"),
+    "vqgan": (lambda path, *_: load_vqgan(path), ":FILE"),
+    "pca": (lambda path, *_: load_own(path, PCA, PCAConfig, "pca"), ":FILE"),
+    "pixel": (lambda form, device, patch_size: Pixels(patch_size, form), "[:norm]"),
+}
