@@ -6,6 +6,8 @@ top-1 after fine-tuning; neither has been measured with this code. On 8 GPUs:
     torchrun --nproc_per_node=8 pretrain.py --data=/path/to/imagenet --out=out/beit_base
 In five minutes on two CPU cores, on images that the script draws itself:
     python pretrain.py --preset=shapes
+Other targets than DALL-E's tokens: --task=tokenizer trains a dVAE, --task=pca finds principal
+components; --tokenizer=dvae or pca does that first. --contrast=dino, moco or simclr adds a loss.
 See the plan of a run (steps, compute, memory, days) without data or GPU:
     python pretrain.py --dry_run
 See what a trained model attends to:
@@ -121,7 +123,7 @@ class Config(RunConfig):
     dvae_dim: int = 128  # channels of our own dVAE; twice is four times the work
     kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
     components: int = 64  # of --task=pca; more are sharper, but the last ones are noise to predict
-    contrast: Literal["none", "dino", "moco", "simclr"] = "none"  # a second loss (README)
+    contrast: str = "none"  # a second loss: dino, moco or simclr (README, "Beyond the paper")
     contrast_on: Literal["cls", "mean"] = "cls"  # what it looks at: [CLS], or the mean patch
     contrast_weight: float = 1.0  # of it; more makes features more alike within an image
     mim_weight: float = 1.0  # of masked image modelling; 0: plain DINO, MoCo v3 or SimCLR
@@ -819,17 +821,8 @@ def to_device(batch, device, progress):
 
 
 # ---- objectives ----------------------------------------------------------------------------------
-# An objective is a module. What the loop, the evaluation and the pictures ask of it:
-#     model                       the network that is saved, under the official names
-#     token_size                  pixels a side of the view that tokens are made of
-#     counts(batch)               numbers of what its means are over, such as hidden patches
-#     forward(batch, totals)      (loss, metrics): this batch's share of means over `totals`, the
-#                                 sums of the counts over all micro-batches and processes
-#     after_step(progress)        what is to be done once the weights have changed
-#     measure(batch)              sums over held-out images, of which means(sums, totals) makes
-#                                 the metrics of an evaluation
-#     pictures(batch)             columns of images (B, 3, H, W) in [0, 1], by their titles
-# A new one is a class and a line in OBJECTIVES; a new contrastive loss, in CONTRASTS.
+# What is trained on what loss: a class, and a line in OBJECTIVES. A new contrastive loss is a class
+# and a line in CONTRASTS.
 
 
 # (mean, standard deviation) of RGB in [0, 1]: ImageNet's; those of the authors' ImageNet-22k models
@@ -860,11 +853,30 @@ def vit_config(config, shared=True):
     return ViTConfig.named(config.size, config.variant, **changes)
 
 
-class TokenizerTraining(nn.Module):
+class Objective(nn.Module):
+    """What the loop, the evaluation and the pictures ask for, besides
+
+    model                   the network that is saved, under the official names
+    token_size              pixels a side of the view that targets are made of
+    counts(batch)           numbers of what its means are over, such as [hidden patches]
+    forward(batch, totals)  (loss, metrics): this batch's share of the means over `totals`, which
+                            are the sums of the counts over all micro-batches and processes
+    measure(batch)          sums over a batch of held-out images
+    means(sums, totals)     the metrics of an evaluation, of such sums over all of them
+    pictures(batch)         columns of images (B, 3, H, W) in [0, 1], by their titles
+    """
+
+    def after_step(self, progress):
+        """Called when the weights have changed; `progress` is the part of the run, from 0 to 1."""
+
+
+class TokenizerTraining(Objective):
     """Our own dVAE (app. C): reconstruct images through Gumbel-softmax tokens."""
 
     def __init__(self, config, tokenizer):
         super().__init__()
+        if config.weights != "none":
+            raise ValueError("--task=tokenizer trains no ViT: leave --weights out")
         arch = DVAEConfig(config.vocab_size, config.downsample, config.dvae_dim)
         self.model, self.kl_weight = DVAE(arch), config.kl_weight
         self.token_size = config.image_size // config.patch_size * config.downsample
@@ -879,9 +891,6 @@ class TokenizerTraining(nn.Module):
         loss, metrics = self.model.loss(images, temperature, self.kl_weight)
         part = len(images) / totals[0]
         return part * loss, {name: part * value for name, value in metrics.items()}
-
-    def after_step(self, progress):
-        pass
 
     def measure(self, batch):
         loss, metrics = self.forward(batch, [1])
@@ -901,7 +910,7 @@ class TokenizerTraining(nn.Module):
         return {"image": images, "tokenizer": self.model.decode(self.model.encode(images))}
 
 
-class MaskedImageModelling(nn.Module):
+class MaskedImageModelling(Objective):
     """The paper's objective: cross entropy of the hidden patches' visual tokens (eq. 2), or the
     squared error of other targets."""
 
@@ -913,6 +922,8 @@ class MaskedImageModelling(nn.Module):
         self.norm, self.predict = config.norm, config.predict
         self.model = BEiT(vit_config(config), tokenizer.outputs, projector)
         self.token_size = self.model.config.grid * tokenizer.downsample
+        if config.weights != "none":
+            log(load_weights(self.model, config.weights))
 
     def places(self, batch):
         """(B, h, w) bool, on the CPU: the patches whose targets are to be predicted."""
@@ -921,27 +932,23 @@ class MaskedImageModelling(nn.Module):
     def counts(self, batch):
         return [int(self.places(batch).sum())]
 
-    def targets(self, batch):
-        """(predicted patches, ...) in the order of the places."""
-        tokens = self.tokenizer.encode(pixels(batch["token_images"]))  # (B, h, w, ...)
-        index = self.places(batch).flatten().nonzero().squeeze(1)
-        return tokens.flatten(0, 2)[index.to(tokens.device, non_blocking=True)]
-
     def features(self, batch):
         return self.model.features(normalise(batch["images"], self.norm), batch["mask"])
 
+    def compare(self, x, batch):
+        """Features (B, 1 + N, D) -> (loss, metrics) of all places, summed, and their targets."""
+        targets = self.tokenizer.encode(pixels(batch["token_images"]))  # (B, h, w, ...)
+        places = self.places(batch)
+        index = places.flatten().nonzero().squeeze(1).to(targets.device, non_blocking=True)
+        targets = targets.flatten(0, 2)[index]  # (places, ...)
+        return *self.tokenizer.target_loss(self.model.logits(x, places), targets), targets
+
     def forward(self, batch, totals):
-        logits = self.model.logits(self.features(batch), self.places(batch))
-        loss, metrics = self.tokenizer.target_loss(logits, self.targets(batch))
+        loss, metrics, _ = self.compare(self.features(batch), batch)
         return loss / totals[0], {name: value / totals[0] for name, value in metrics.items()}
 
-    def after_step(self, progress):
-        pass
-
     def measure(self, batch):
-        targets = self.targets(batch)
-        logits = self.model.logits(self.features(batch), self.places(batch))
-        loss, metrics = self.tokenizer.target_loss(logits, targets)
+        loss, metrics, targets = self.compare(self.features(batch), batch)
         return {"loss": loss, **metrics, **self.tokenizer.statistics(targets)}
 
     def means(self, sums, totals):
@@ -961,11 +968,28 @@ class MaskedImageModelling(nn.Module):
         return columns
 
 
-class DINO(nn.Module):
+class Contrast(nn.Module):
+    """A loss that compares views of images. Besides `head`, the student's projector, it has
+
+    momentum                the teacher's at the start, which rises to 1; None: there is no teacher
+    needs_whole_batch       whether it compares images, so that gradients cannot accumulate
+    forward(student, teacher, progress)
+                            {view: (B, D) of this process} of both -> the loss, summed over B
+    """
+
+    def teach(self, head, x):
+        """What the teacher's `head` makes of features (B, dim)."""
+        return head(x)
+
+    def after_step(self):
+        """Called when the weights have changed."""
+
+
+class DINO(Contrast):
     """Self-distillation (arXiv 2104.14294, eq. 3): cross entropy of the student's prototypes with
     the teacher's, whose running mean, the centre, is taken out so that no prototype wins always."""
 
-    momentum, needs_whole_batch = 0.996, False  # the teacher's, at the start
+    momentum, needs_whole_batch = 0.996, False
 
     def __init__(self, config, dim):
         super().__init__()
@@ -973,12 +997,8 @@ class DINO(nn.Module):
         self.register_buffer("centre", torch.zeros(config.prototypes))
         self.register_buffer("scores", torch.zeros(1 + config.prototypes), persistent=False)
 
-    def teach(self, teacher, x):
-        return teacher.projector(x)
-
     def forward(self, student, teacher, progress):
-        """{view: (B, prototypes)} of both -> the sum over B of the mean over all pairs of different
-        views."""
+        """The mean over all pairs of different views."""
         # the teacher's temperature rises over the first 30 of DINO's 300 epochs
         temperature = 0.04 + 0.03 * min(1, progress / 0.1)
         for scores in teacher.values():
@@ -998,7 +1018,7 @@ class DINO(nn.Module):
         self.scores.zero_()
 
 
-class MoCo(nn.Module):
+class MoCo(Contrast):
     """MoCo v3 (arXiv 2104.02057): find the teacher's other view of an image in the whole batch."""
 
     momentum, needs_whole_batch, temperature = 0.99, True, 0.2
@@ -1007,19 +1027,16 @@ class MoCo(nn.Module):
         super().__init__()
         self.head = MoCoHead(dim, config.projector_dim)
 
-    def teach(self, teacher, x):
-        return teacher.projector(x, predict=False)
+    def teach(self, head, x):
+        return head(x, predict=False)
 
     def forward(self, student, teacher, progress):
-        """{view: (B, D)} of both -> the sum over B and over all pairs of different views."""
+        """The sum over all pairs of different views."""
         return sum(info_nce(s, gather(t), self.temperature)
                    for a, t in teacher.items() for b, s in student.items() if a != b)
 
-    def after_step(self):
-        pass
 
-
-class SimCLR(nn.Module):
+class SimCLR(Contrast):
     """SimCLR (arXiv 2002.05709): find an image's other view among all others of the batch, without
     a teacher."""
 
@@ -1030,7 +1047,7 @@ class SimCLR(nn.Module):
         self.head = mlp(dim, config.projector_dim, 128, norm=False)
 
     def forward(self, student, teacher, progress):
-        """{view: (B, D)} of two views -> NT-Xent (eq. 1), summed over B."""
+        """NT-Xent (eq. 1) of two views."""
         a, b = (F.normalize(x.float(), dim=1) for x in student.values())
         keys = torch.cat([gather(a), gather(b)])
         count = len(keys) // 2
@@ -1041,9 +1058,6 @@ class SimCLR(nn.Module):
             logits = logits.scatter(1, self_at[:, None], -math.inf)  # not itself
             total = total + F.cross_entropy(logits, other_at, reduction="sum") / 2
         return total
-
-    def after_step(self):
-        pass
 
 
 def info_nce(queries, keys, temperature):
@@ -1074,6 +1088,9 @@ class Contrastive(MaskedImageModelling):
 
     def __init__(self, config, tokenizer):
         whole = config.micro_batch * world_size() >= config.batch_size
+        if config.contrast not in CONTRASTS:
+            known = ", ".join(["none", *CONTRASTS])
+            raise ValueError(f"--contrast={config.contrast}: known are {known}")
         contrast = CONTRASTS[config.contrast](config, vit_config(config).dim)
         if contrast.needs_whole_batch and not whole:
             need = -(-config.batch_size // world_size())
@@ -1110,8 +1127,7 @@ class Contrastive(MaskedImageModelling):
         loss, metrics, student = 0, {}, {}
         if self.mim_weight:
             x = self.features(batch)
-            logits = self.model.logits(x, self.places(batch))
-            loss, metrics = self.tokenizer.target_loss(logits, self.targets(batch))
+            loss, metrics, _ = self.compare(x, batch)
             loss, metrics = loss / totals[0], {k: v / totals[0] for k, v in metrics.items()}
             metrics["mim_loss"] = loss.detach()
         views = batch["views"].unbind(1)  # (B, 3, H, W) each: one, or two of the contrast's own
@@ -1136,7 +1152,7 @@ class Contrastive(MaskedImageModelling):
             return {}
         x = self.teacher.features(normalise(torch.cat(views), self.norm))
         x = self.teacher.summary(x, self.of)
-        return dict(enumerate(self.contrast.teach(self.teacher, x).chunk(len(views))))
+        return dict(enumerate(self.contrast.teach(self.teacher.projector, x).chunk(len(views))))
 
     @torch.no_grad()
     def after_step(self, progress):
@@ -1175,7 +1191,6 @@ OBJECTIVES = {"mim": MaskedImageModelling, "contrast": Contrastive, "tokenizer":
 @torch.no_grad()
 def evaluate(objective, dataset, config, device, dtype, progress):
     """Means over the held-out images, each counted once whatever the number of processes: val_*."""
-    objective.eval()
     torch.manual_seed(stream(config.seed, rank()))  # for the noise in a dVAE's loss
     keys = share([(0, index) for index in range(len(dataset))])
     batches = [keys[i : i + config.micro_batch] for i in range(0, len(keys), config.micro_batch)]
@@ -1186,25 +1201,22 @@ def evaluate(objective, dataset, config, device, dtype, progress):
             measured = objective.measure(to_device(batch, device, progress))
         for name, value in measured.items():
             sums[name] = sums.get(name, 0) + value.flatten().cpu().double()
-    objective.train()
     sums = {name: np.array(all_sum(*value.tolist())) for name, value in sums.items()}
     means = objective.means(sums, all_sum(*totals))
     return {f"val_{name}": float(np.squeeze(value)) for name, value in means.items()}
 
 
-def draw_reconstructions(objective, dataset, config, device):
-    """OUT/reconstruction.png: what the objective makes of the first held-out images."""
-    keys = [(0, index) for index in range(min(8, len(dataset)))]
-    batch = next(iter(loader(dataset, [keys], 0, device)))
-    objective.eval()
-    columns = objective.pictures(to_device(batch, device, 1.0))
-    objective.train()
-    if columns:
-        save_columns(os.path.join(config.out, "reconstruction.png"), columns)
+def first_batch(dataset, count, device):
+    """The first `count` images of Views, or all if there are fewer, as a batch on the device."""
+    keys = [(0, index) for index in range(min(count, len(dataset)))]
+    return to_device(next(iter(loader(dataset, [keys], 0, device))), device, 1.0)
 
 
 def save_columns(path, columns):
-    """Write a PNG with a titled column for each entry of {title: images (B, 3, H, W) in [0, 1]}."""
+    """Write a PNG with a titled column for each entry of {title: images (B, 3, H, W) in [0, 1]}, if
+    there are any."""
+    if not columns:
+        return
     images = torch.stack([column.float().cpu() for column in columns.values()], dim=1).flatten(0, 1)
     scale = max(1, 128 // images.shape[3])  # tiny images are shown larger
     images = F.interpolate(images.clamp(0, 1), scale_factor=scale)
@@ -1283,10 +1295,6 @@ def train(config):
         raise ValueError(f"--data={config.data}: {len(val_images)} held-out images are too few")
 
     objective = make_objective(config, device)
-    if config.weights != "none":
-        if config.task == "tokenizer":
-            raise ValueError("--task=tokenizer trains no ViT: leave --weights out")
-        log(load_weights(objective.model, config.weights))
     dataset = Views(train_images, config, objective.token_size, train=True)
     val_dataset = Views(val_images, config, objective.token_size, train=False)
     model, optimizer, scaler, save, start = prepare(objective, config, device, dtype)
@@ -1330,9 +1338,12 @@ def train(config):
             continue
         line = output.read(lr)
         if to_evaluate:
+            objective.eval()
             line |= evaluate(objective, val_dataset, config, device, dtype, output.done / steps)
             if rank() == 0:
-                draw_reconstructions(objective, val_dataset, config, device)
+                columns = objective.pictures(first_batch(val_dataset, 8, device))
+                save_columns(os.path.join(config.out, "reconstruction.png"), columns)
+            objective.train()
         output.write(line)
         if to_save:
             save(output.done)
@@ -1365,13 +1376,11 @@ def fit_pca(config):
     save_checkpoint(config.out, model=pca.state_dict(), arch=asdict(pca.config), step=0,
                     config=asdict(config))
     if rank() == 0:
-        keys = [(0, index) for index in range(min(8, len(val_images)))]
         val = Views(val_images, config, config.image_size, train=False)
-        shown = pixels(next(iter(loader(val, [keys], 0, device)))["images"])
+        shown = pixels(first_batch(val, 8, torch.device("cpu"))["images"])
         values = pca.encode(shown)
         columns = {f"{n} components": pca.decode(values[..., :n]) for n in counts[-5:]}
-        path = os.path.join(config.out, "reconstruction.png")
-        save_columns(path, {"image": shown, **columns})
+        save_columns(os.path.join(config.out, "reconstruction.png"), {"image": shown, **columns})
     return True
 
 
@@ -1397,7 +1406,7 @@ def plan(config):
     trial = micro if device.type == "cuda" else 2  # images to measure with
     images = Images(range(trial), functools.partial(shapes_image, config.image_size, 0), "shapes")
     dataset = Views(images, config, objective.token_size, train=True)
-    batch = next(iter(loader(dataset, [[(0, index) for index in range(trial)]], 0, device)))
+    batch = first_batch(dataset, trial, device)
 
     def step(images):
         """Forward and backward; returns the bytes that the forward pass keeps for the backward."""
@@ -1407,10 +1416,11 @@ def plan(config):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        part = next(micro_batches(batch, images))
+        part = {name: value if name == "progress" else value[:images]
+                for name, value in batch.items()}
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss, _ = objective(to_device(part, device, 0.0), objective.counts(part))
+                loss, _ = objective(part, objective.counts(part))
         loss.backward()
         loss.item()  # waits for the GPU
         return sum(kept.values())

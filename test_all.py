@@ -1462,11 +1462,14 @@ def test_contrastive_runs_learn_and_resume_exactly(contrast, tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "half")
     assert all(torch.equal(v, b["objective"][k]) for k, v in a["objective"].items())
     assert any(k.startswith("teacher.") for k in a["objective"]) == (contrast != "simclr")
-    # what is trained so is a start for the rest, and goes to other libraries
+    # what is trained so is a start, of the teacher too, and goes to other libraries
     path = tmp_path / "whole" / "checkpoint.pt"
     report = load_weights(Classifier(ViTConfig(**a["arch"]), 3), path)
     assert "projector" in report.splitlines()[1]
     export_weights(path, "timm", str(tmp_path / "timm.pth"))
+    objective, _ = contrastive(*words, f"--weights={path}")
+    networks = [objective.model] + ([objective.teacher] if contrast != "simclr" else [])
+    assert all(torch.equal(n.pos_embed, a["model"]["pos_embed"]) for n in networks)
 
 
 def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
@@ -1475,7 +1478,7 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
         (["--contrast=moco", "--micro_batch=4"], "cannot accumulate; give --micro_batch=8"),
         (["--contrast=simclr", "--micro_batch=4"], "compares all images of a batch"),
         (["--contrast=moco", "--local_crops=2"], "only --contrast=dino has them"),
-        (["--contrast=byol"], "invalid choice: 'byol' (choose from"),
+        (["--contrast=byol"], "--contrast=byol: known are none, dino, moco, simclr"),
         (["--tokenizer=pca", "--components=49"], "a patch of 4x4 pixels has 1 to 48"),
         (["--tokenizer=vqgan"], "unknown; known are dalle[:DIR], dvae:FILE, vqgan:FILE, pca:FILE"),
         (["--tokenizer=vqgan:none.ckpt"], "none.ckpt: no such file"),
