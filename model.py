@@ -253,7 +253,7 @@ class ViT(nn.Module):
         index = getattr(self, "relative_index", None)
         if tables and grid != (self.config.grid, self.config.grid):
             tables = [resize_positions(table, *grid, self.resize) for table in tables]
-            index = relative_position_index(*grid).to(index.device)
+            index = relative_position_index(*grid).to(index.device, non_blocking=True)
         # embedding() and not table[index]: its backward adds up in a fixed order, so that a resumed
         # run is bit-identical
         biases = [F.embedding(index, table).permute(2, 0, 1) for table in tables]
@@ -351,7 +351,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd's is not ours
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -397,7 +397,9 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x):
-        return F.linear(F.normalize(self.mlp(x)), F.normalize(self.prototypes))
+        x = self.mlp(x)
+        with torch.autocast(x.device.type, enabled=False):  # too coarse for a temperature of 0.04
+            return F.linear(F.normalize(x.float()), F.normalize(self.prototypes))
 
 
 class MoCoHead(nn.Module):
@@ -453,8 +455,9 @@ AUXILIARY = {24: (10, 15, 20, 24)}
 
 
 class UpsamplingHead(nn.Module):
-    """SETR's progressive upsampling: a LayerNorm, then for each of `scales` a 3x3 convolution to at
-    most 256 channels, batch norm, ReLU and a bilinear upsampling by that, then a 1x1 convolution.
+    """SETR's progressive upsampling: a LayerNorm, then for each of `scales` a 3x3 convolution to
+    256 channels, batch norm, ReLU and a bilinear upsampling by that, then a 1x1 convolution. Of
+    less than 512 channels it makes half, or the head would be most of a small network's work.
 
     For base, 150 classes and scales (2, 2, 2, 2) it has 3,581,078 parameters: 1,536 of the norm,
     9 * 256 * (768 + 3 * 256) = 3,538,944 of the convolutions, 4 * 512 of the batch norms, 38,550 of
@@ -463,7 +466,7 @@ class UpsamplingHead(nn.Module):
     def __init__(self, dim, num_classes, scales):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        width, layers = min(256, dim), []
+        width, layers = min(256, dim // 2), []
         for number, scale in enumerate(scales):
             layers += [nn.Conv2d(width if number else dim, width, 3, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]

@@ -707,9 +707,10 @@ class Views(Dataset):
     """What a step sees of an image: the patch view, the token view and the mask (sec. 2.5).
 
     dataset[epoch, index] is a dict of `images` (3, image_size, image_size) and `token_images`
-    (3, token_size, token_size), uint8 of one crop, flip and jitter, of `mask` (grid, grid) bool,
-    True = hidden, and of `skipped`, whether it is the next one because the image is unreadable. All
-    of it is a function of (seed, epoch, index). Held-out images are cropped in the middle, no more.
+    (3, token_size, token_size), if that is another size, uint8 of one crop, flip and jitter, of
+    `mask` (grid, grid) bool, True = hidden, and of `skipped`, whether it is the next one because
+    the image is unreadable. All of it is a function of (seed, epoch, index). Held-out images are
+    cropped in the middle, no more.
     For a contrastive loss there are `views` (1 or 2, 3, image_size, image_size) besides, each of a
     crop of its own, and `local_views` (local_crops, 3, side, side).
     """
@@ -719,15 +720,15 @@ class Views(Dataset):
         self.grid = config.image_size // config.patch_size
         self.count = round(config.mask_ratio * self.grid**2)
         mode = transforms.InterpolationMode
-        self.views = {"images": self.transform(config.image_size, mode.BICUBIC, train)}
+        self.aligned = {"images": self.transform(config.image_size, mode.BICUBIC, train)}
         if token_size != config.image_size:
-            self.views["token_images"] = self.transform(token_size, mode.LANCZOS, train)
+            self.aligned["token_images"] = self.transform(token_size, mode.LANCZOS, train)
         self.others = {}  # name -> (how many, how each is made)
         if train and config.task == "mim" and config.contrast != "none":
-            # DINO's: whole views of 40% to 100% of the area, small ones of 5% to 40%, 96 for 224
+            # DINO's small views have 5% to 40% of the area and 96 pixels a side for 224
             small = max(1, round(self.grid * 96 / 224)) * config.patch_size
-            views = 2 if own_passes(config) else 1
-            self.others["views"] = (views, strong_view(config.image_size, (0.4, 1.0)))
+            views, area = 2 if own_passes(config) else 1, CONTRASTS[config.contrast].area
+            self.others["views"] = (views, strong_view(config.image_size, area))
             self.others["local_views"] = (config.local_crops, strong_view(small, (0.05, 0.4)))
 
     def transform(self, size, mode, train):
@@ -747,13 +748,12 @@ class Views(Dataset):
         epoch, index = key
         image, found = self.images.load(index, self.config.skip_bad_images)
         sample = {"skipped": found != index}
-        for name, transform in self.views.items():
+        for name, transform in self.aligned.items():
             # the same seed for both views: the transforms draw the same crop, flip and jitter
             torch.default_generator.manual_seed(stream(self.config.seed, epoch, index))
             sample[name] = pil_to_tensor(transform(image))
-        sample.setdefault("token_images", sample["images"])
-        for name, (count, transform) in self.others.items():
-            torch.default_generator.manual_seed(stream(self.config.seed, epoch, index, len(name)))
+        for number, (name, (count, transform)) in enumerate(self.others.items(), 1):
+            torch.default_generator.manual_seed(stream(self.config.seed, epoch, index, number))
             made = [pil_to_tensor(transform(image)) for _ in range(count)]
             sample |= {name: torch.stack(made)} if made else {}
         rng = np.random.default_rng([self.config.seed, epoch, index])
@@ -817,6 +817,7 @@ def to_device(batch, device, progress):
     """The batch with its images on the device, and how far the run is. The mask stays on the CPU,
     where asking for its places makes no GPU wait."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    moved.setdefault("token_images", moved["images"])
     return {**moved, "mask": batch["mask"], "progress": progress}
 
 
@@ -882,7 +883,7 @@ class TokenizerTraining(Objective):
         self.token_size = config.image_size // config.patch_size * config.downsample
 
     def counts(self, batch):
-        return [len(batch["token_images"])]
+        return [len(batch["images"])]
 
     def forward(self, batch, totals):
         images = pixels(batch["token_images"])
@@ -916,8 +917,6 @@ class MaskedImageModelling(Objective):
 
     def __init__(self, config, tokenizer, projector=None):
         super().__init__()
-        if config.mask == "none" and config.predict == "masked" and config.mim_weight:
-            raise ValueError("--mask=none hides nothing to predict: give --predict=all with it")
         self.__dict__["tokenizer"] = tokenizer  # frozen: no submodule, and in no checkpoint
         self.norm, self.predict = config.norm, config.predict
         self.model = BEiT(vit_config(config), tokenizer.outputs, projector)
@@ -971,11 +970,14 @@ class MaskedImageModelling(Objective):
 class Contrast(nn.Module):
     """A loss that compares views of images. Besides `head`, the student's projector, it has
 
+    area                    (least, most) share of the image that its whole views show
     momentum                the teacher's at the start, which rises to 1; None: there is no teacher
     needs_whole_batch       whether it compares images, so that gradients cannot accumulate
     forward(student, teacher, progress)
                             {view: (B, D) of this process} of both -> the loss, summed over B
     """
+
+    area = (0.08, 1.0)
 
     def teach(self, head, x):
         """What the teacher's `head` makes of features (B, dim)."""
@@ -989,7 +991,7 @@ class DINO(Contrast):
     """Self-distillation (arXiv 2104.14294, eq. 3): cross entropy of the student's prototypes with
     the teacher's, whose running mean, the centre, is taken out so that no prototype wins always."""
 
-    momentum, needs_whole_batch = 0.996, False
+    momentum, needs_whole_batch, area = 0.996, False, (0.4, 1.0)
 
     def __init__(self, config, dim):
         super().__init__()
@@ -1003,9 +1005,9 @@ class DINO(Contrast):
         temperature = 0.04 + 0.03 * min(1, progress / 0.1)
         for scores in teacher.values():
             self.scores[0] += len(scores)
-            self.scores[1:] += scores.float().sum(dim=0)
-        aims = {k: ((v.float() - self.centre) / temperature).softmax(1) for k, v in teacher.items()}
-        guesses = {k: (v.float() / 0.1).log_softmax(1) for k, v in student.items()}
+            self.scores[1:] += scores.sum(dim=0)
+        aims = {k: ((v - self.centre) / temperature).softmax(dim=1) for k, v in teacher.items()}
+        guesses = {k: (v / 0.1).log_softmax(dim=1) for k, v in student.items()}
         losses = [-(aim * guess).sum() for a, aim in aims.items()
                   for b, guess in guesses.items() if a != b]
         return sum(losses) / len(losses)
@@ -1048,7 +1050,7 @@ class SimCLR(Contrast):
 
     def forward(self, student, teacher, progress):
         """NT-Xent (eq. 1) of two views."""
-        a, b = (F.normalize(x.float(), dim=1) for x in student.values())
+        a, b = (F.normalize(x, dim=1) for x in student.values())
         keys = torch.cat([gather(a), gather(b)])
         count = len(keys) // 2
         own = torch.arange(len(a), device=a.device) + rank() * len(a)
@@ -1063,7 +1065,7 @@ class SimCLR(Contrast):
 def info_nce(queries, keys, temperature):
     """MoCo v3's contrastive loss, summed over `queries` (B, D); `keys` are those of all processes,
     in their order."""
-    logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
+    logits = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / temperature
     right = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
     return 2 * temperature * F.cross_entropy(logits, right, reduction="sum")
 
@@ -1087,20 +1089,7 @@ class Contrastive(MaskedImageModelling):
     """
 
     def __init__(self, config, tokenizer):
-        whole = config.micro_batch * world_size() >= config.batch_size
-        if config.contrast not in CONTRASTS:
-            known = ", ".join(["none", *CONTRASTS])
-            raise ValueError(f"--contrast={config.contrast}: known are {known}")
         contrast = CONTRASTS[config.contrast](config, vit_config(config).dim)
-        if contrast.needs_whole_batch and not whole:
-            need = -(-config.batch_size // world_size())
-            raise ValueError(f"--contrast={config.contrast}: compares all images of a batch, so "
-                             f"gradients cannot accumulate; give --micro_batch={need}")
-        if contrast.needs_whole_batch and config.batch_size % world_size():
-            raise ValueError(f"--contrast={config.contrast}: --batch_size={config.batch_size} is "
-                             f"to be a multiple of the {world_size()} processes")
-        if config.local_crops and config.contrast != "dino":
-            raise ValueError("--local_crops: only --contrast=dino has them")
         super().__init__(config, tokenizer, contrast.head)
         del contrast.head  # it is the model's now
         self.contrast, self.of, self.own = contrast, config.contrast_on, own_passes(config)
@@ -1141,7 +1130,10 @@ class Contrastive(MaskedImageModelling):
             student["masked"] = self.model.projector(self.model.summary(x, self.of))
             if self.teacher is None:
                 student[0] = self.project(views[0])
-        contrast = self.contrast(student, self.teach(views), batch["progress"]) / totals[1]
+        with torch.autocast(views[0].device.type, enabled=False):  # temperatures need float32
+            student, teacher = ({view: x.float() for view, x in outputs.items()}
+                                for outputs in (student, self.teach(views)))
+            contrast = self.contrast(student, teacher, batch["progress"]) / totals[1]
         metrics["contrast_loss"] = contrast.detach()
         return self.mim_weight * loss + self.contrast_weight * contrast, metrics
 
@@ -1273,6 +1265,34 @@ def attention(config):
 # ---- training ------------------------------------------------------------------------------------
 
 
+def check(config):
+    """Raise ValueError for options that do not go together, before anything is trained."""
+    if config.mask == "none" and config.predict == "masked" and config.mim_weight:
+        raise ValueError("--mask=none hides nothing to predict: give --predict=all with it")
+    if config.contrast == "none":
+        if config.mim_weight != 1 or config.local_crops:
+            raise ValueError("--mim_weight and --local_crops go with a contrastive loss: give "
+                             f"--contrast={', '.join(CONTRASTS)}")
+        return
+    if config.contrast not in CONTRASTS:
+        known = ", ".join(["none", *CONTRASTS])
+        raise ValueError(f"--contrast={config.contrast}: known are {known}")
+    for name, least in dict(local_crops=0, projector_dim=1, prototypes=1, mim_weight=0).items():
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name}={getattr(config, name)}: give {least} or more")
+    if config.local_crops and config.contrast != "dino":
+        raise ValueError("--local_crops: only --contrast=dino has them")
+    if CONTRASTS[config.contrast].needs_whole_batch:
+        processes = (config.processes if config.dry_run else 0) or world_size()
+        need = -(-config.batch_size // processes)
+        if config.micro_batch < need:
+            raise ValueError(f"--contrast={config.contrast}: compares all images of a batch, so "
+                             f"gradients cannot accumulate; give --micro_batch={need}")
+        if config.batch_size % processes:
+            raise ValueError(f"--contrast={config.contrast}: --batch_size={config.batch_size} is "
+                             f"to be a multiple of the {processes} processes")
+
+
 def make_objective(config, device, tokenizer=None):
     """The objective of --task, on the device; build_tokenizer's `tokenizer` unless given."""
     name = "contrast" if config.task == "mim" and config.contrast != "none" else config.task
@@ -1356,6 +1376,9 @@ def fit_pca(config):
     device, _ = setup_device(config)
     images, val_images = open_images(config)
     pca = PCA(PCAConfig(config.patch_size, config.components))
+    if config.micro_batch < 1 or len(images) < world_size():
+        raise ValueError(f"--micro_batch={config.micro_batch}, {len(images)} images: give at least "
+                         "one, and an image a process")
     claim_folder(config)
     if config.resume == "auto" and load_checkpoint(config.out):
         log(f"pca into {config.out}: done already")
@@ -1386,19 +1409,24 @@ def fit_pca(config):
 
 def plan(config):
     """Print what a run takes: steps, accumulation, parameters, compute, memory and days."""
+    if config.task not in ("mim", "tokenizer"):
+        raise ValueError(f"--dry_run: --task={config.task} takes minutes and has no plan")
     device, dtype = setup_device(config)
     count = {"shapes": 20_000, "cifar10": 50_000, "cifar100": 50_000}.get(config.data, 1_281_167)
     if os.path.isdir(config.data):
         count = len(open_images(config)[0])
     steps, per_epoch, warmup = run_length(config, count)
+    kind, _, form = (config.tokenizer if config.mim_weight else "pixel").partition(":")
     untrained = {
         "dalle": lambda: load_dalle(None, device),
         "dvae": lambda: DVAE(DVAEConfig(config.vocab_size, config.downsample, config.dvae_dim)),
         "vqgan": lambda: VQGAN(1024),
-        "pixel": lambda: Pixels(config.patch_size),
+        "pixel": lambda: Pixels(config.patch_size, form),
         "pca": lambda: PCA(PCAConfig(config.patch_size, config.components)),
-    }[config.tokenizer.partition(":")[0] if config.mim_weight else "pixel"]
-    tokenizer = untrained().to(device).eval().requires_grad_(False)
+    }
+    if kind not in untrained:
+        build_tokenizer(config.tokenizer)  # says which there are
+    tokenizer = untrained[kind]().to(device).eval().requires_grad_(False)
     objective = make_objective(config, device, tokenizer)
     processes = config.processes or world_size()
     local = -(-config.batch_size // processes)  # images of a step in one process, rounded up
@@ -1435,12 +1463,14 @@ def plan(config):
         step(trial)
         speed = trial / (time.time() - clock)
     flops = counter.get_total_flops() / half
-    weights = 16 * sum(parameter.numel() for parameter in objective.parameters())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    # gradient and AdamW's two moments besides the weight; a teacher has only that
+    weights = 12 * trained + 4 * sum(p.numel() for p in objective.parameters())
     days = steps * config.batch_size / (speed * processes) / 86_400
     log(f"""images      {count:,} in {config.data}
 steps       {steps:,} of {config.batch_size:,} images, {per_epoch:,} an epoch, {warmup:,} of warm-up
 a step      {processes} processes x {-(-local // micro)} micro-batches x {micro} images
-parameters  {weights // 16:,}
+parameters  {trained:,}
 compute     {flops / 1e9:,.1f} GFLOP an image with its tokens and the backward pass, \
 {flops * config.batch_size / 1e12:,.1f} TFLOP a step
 memory      {(weights + micro * activations) / 2**30:,.1f} GiB a process: \
@@ -1456,10 +1486,11 @@ FIRST = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, argv, __doc__)
-    if config.task == "attention":
-        return attention(config)
+    check(config)
     if config.dry_run:
         return plan(config)
+    if config.task == "attention":
+        return attention(config)
     if config.task == "pca":
         return fit_pca(config)
     if config.task == "mim" and config.mim_weight and config.tokenizer in FIRST:
@@ -1467,6 +1498,7 @@ def main(argv=None):
         first = dict(task=task, out=os.path.join(config.out, "tokenizer"), weights="none")
         if not make(replace(config, **first, steps=config.tokenizer_steps)):
             return None  # stopped by SIGTERM
+        all_sum(0)  # other machines wait until the first has written it
     return train(config)
 
 

@@ -1289,6 +1289,9 @@ y = norm(x)
 y.pow(3).sum().backward()
 results["norm"] = y.detach(), x.grad
 torch.save(results, f"{sys.argv[2]}.{pretrain.rank()}")
+if pretrain.world_size() > 1:
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
@@ -1451,8 +1454,8 @@ def test_contrastive_runs_learn_and_resume_exactly(contrast, tmp_path):
     words = [f"--contrast={contrast}", "--tokenizer=pixel", "--projector_dim=16", "--steps=30"]
     words += ["--prototypes=32", "--save_every=15", "--lr=1e-3", "--eval_every=30"]
     lines = toy(tmp_path / "whole", *words)
-    for name in ("mim_loss", "contrast_loss")[: 1 if contrast == "dino" else 2]:
-        # (DINO's own loss also rises when its teacher becomes less certain)
+    for name in ("mim_loss", "contrast_loss")[: 2 if contrast == "simclr" else 1]:
+        # (a teacher's moves: a loss against it need not fall at once)
         assert np.mean([x[name] for x in lines[-8:]]) < np.mean([x[name] for x in lines[:5]]), name
     assert 0.05 < lines[-1]["val_spread"] < 1.5
     toy(tmp_path / "half", *words)
@@ -1472,6 +1475,17 @@ def test_contrastive_runs_learn_and_resume_exactly(contrast, tmp_path):
     assert all(torch.equal(n.pos_embed, a["model"]["pos_embed"]) for n in networks)
 
 
+def test_the_contrastive_loss_in_the_readme_trains(tmp_path, monkeypatch):
+    readme = open(os.path.join(HERE, "README.md")).read()
+    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    assert len(example.strip().splitlines()) <= 20
+    monkeypatch.setattr(pretrain, "CONTRASTS", dict(pretrain.CONTRASTS))
+    exec(example, vars(pretrain))
+    words = ["--contrast=barlow", "--tokenizer=pixel", "--projector_dim=16", "--steps=20"]
+    losses = [line["contrast_loss"] for line in toy(tmp_path, *words, "--lr=1e-3")]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
+
+
 def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
     words = [*TOY, f"--out={tmp_path}/out", "--tokenizer=pixel"]
     for extra, message in (
@@ -1483,6 +1497,11 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
         (["--tokenizer=vqgan"], "unknown; known are dalle[:DIR], dvae:FILE, vqgan:FILE, pca:FILE"),
         (["--tokenizer=vqgan:none.ckpt"], "none.ckpt: no such file"),
         (["--mask=none"], "--mask=none hides nothing to predict"),
+        (["--mim_weight=0"], "go with a contrastive loss"),
+        (["--contrast=dino", "--prototypes=0"], "--prototypes=0: give 1 or more"),
+        (["--dry_run", "--task=pca"], "--task=pca takes minutes and has no plan"),
+        (["--dry_run", "--tokenizer=vae"], "--tokenizer=vae: unknown; known are dalle"),
+        (["--task=pca", "--components=2", "--micro_batch=0"], "--micro_batch=0"),
     ):
         assert message in error_of(capsys, *words, *extra)
     toy(tmp_path / "pca", "--task=pca", "--components=4", f"--data={make_folder(tmp_path / 'i')}")

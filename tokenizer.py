@@ -170,9 +170,8 @@ def read_dalle_pickle(path, module):
             weights = torch.load(path, map_location="cpu", weights_only=True).state_dict()
         module.load_state_dict(weights)
     except Exception as error:  # the unpickler raises many types for a damaged or doctored file
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: damaged, or not DALL-E's {type(module).__name__} "
-                         f"({reason[:200]}); delete it and download it again") from error
+                         f"({reason(error)}); delete it and download it again") from error
 
 
 # ---- our own dVAE --------------------------------------------------------------------------------
@@ -425,9 +424,8 @@ def load_vqgan(path):
         state = {name: value for name, value in state.items() if not name.startswith("loss.")}
         vqgan.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: no checkpoint of taming-transformers' f=16 VQ-GAN ({reason}); "
-                         "--tokenizer=vqgan:FILE needs its last.ckpt") from error
+        raise ValueError(f"{path}: no checkpoint of taming-transformers' f=16 VQ-GAN "
+                         f"({reason(error)}); --tokenizer=vqgan:FILE is its last.ckpt") from error
     return vqgan
 
 
@@ -514,7 +512,8 @@ class PCA(Values):
 
     def encode(self, images):
         centred = patches_of(images, self.config.patch_size) - self.mean
-        return centred @ self.components.T / self.deviations
+        with torch.autocast(images.device.type, enabled=False):  # deviations blow its errors up
+            return centred @ self.components.T / self.deviations
 
     def decode(self, values):
         """Fewer components than all, the first ones, will do."""
@@ -538,6 +537,9 @@ class Ignored:
     def __setstate__(self, state):
         pass
 
+    def __setitem__(self, key, value):
+        pass
+
 
 def read_checkpoint(path):
     """The dict that torch.save wrote to `path`, on the CPU. Nothing in the file can run code: only
@@ -546,13 +548,20 @@ def read_checkpoint(path):
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file; give a checkpoint.pt or an official .pth file")
     try:
-        names = get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        zipped = zipfile.is_zipfile(path)  # as torch has written them since 1.6
+        names = get_unsafe_globals_in_checkpoint(path) if zipped else ["argparse.Namespace"]
         with safe_globals([(Ignored, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: damaged, or no checkpoint of plain tensors "
-                         f"({reason[:200]})") from error
+                         f"({reason(error)})") from error
+
+
+def reason(error):
+    """The line of an error that says what went wrong: torch's begin with advice or a headline."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    telling = ("WeightsUnpickler error", "Missing key", "Unexpected key", "size mismatch")
+    return next((line for line in lines if line.startswith(telling)), lines[0])[:200]
 
 
 # kind -> how to build it from what follows the colon, the device and the patch size; its form
