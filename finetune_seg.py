@@ -90,8 +90,9 @@ PRESETS = {
     ),
     "shapes": dict(
         TINY, data="shapes", out="out/shapes_seg", weights="out/shapes/checkpoint.pt",
-        num_classes=9, ignore_zero=False, image_size=64, stride=43, steps=300, batch_size=32,
-        warmup_steps=30, eval_every=150, val_images=200, most_of_crop=1.0, scale_min=0.75,
+        num_classes=9, ignore_zero=False, image_size=64, stride=43, steps=600, batch_size=32,
+        warmup_steps=120, eval_every=300, val_images=200, most_of_crop=1.0, scale_min=0.75,
+        **dict(scale_max=1.33, lr=3e-3, layer_decay=0.9, clip_grad=1.0),
     ),
 }
 

@@ -117,6 +117,7 @@ class Config(RunConfig):
     crop_min: float = 0.08  # least area of a crop; raise it where images are tiny
     jitter: float = 0.4  # of brightness, contrast and saturation; the tokens see it too
     tokenizer_steps: int = 50_000  # of training our own dVAE when --tokenizer=dvae does that first
+    tokenizer_lr: float = 1.5e-3  # peak of that; a small dVAE bears more than a ViT
     vocab_size: int = 8192  # tokens of our own dVAE; fewer are learnt faster and carry less detail
     downsample: int = 8  # pixels a side to a token of our own dVAE; a power of two
     val_images: int = 2048  # held-out images an evaluation reads; more is slower and less noisy
@@ -140,6 +141,7 @@ class Config(RunConfig):
 # The demos' tokenizer is our own dVAE, trained first.
 DEMO = dict(size="nano", tokenizer="dvae", dvae_dim=64, downsample=4, batch_size=64, lr=3e-3)
 DEMO |= dict(warmup_epochs=0.2, num_workers=2, log_every=25, projector_dim=512, prototypes=2048)
+DEMO |= dict(tokenizer_lr=3e-3)
 CIFAR = dict(DEMO, image_size=32, patch_size=4, crop_min=0.3, vocab_size=512)
 CIFAR |= dict(epochs=10, tokenizer_steps=1000, eval_every=1000, save_every=500)
 PRESETS = {
@@ -149,7 +151,7 @@ PRESETS = {
     },
     "shapes": dict(DEMO, data="shapes", out="out/shapes", image_size=64, patch_size=8, crop_min=0.5)
     | dict(vocab_size=256, steps=250, tokenizer_steps=300, eval_every=125, save_every=125)
-    | dict(val_images=512),
+    | dict(val_images=512, lr=1e-3),
     "cifar10": dict(CIFAR, data="cifar10", out="out/cifar10"),
     "cifar100": dict(CIFAR, data="cifar100", out="out/cifar100"),
 }
@@ -1495,8 +1497,9 @@ def main(argv=None):
         return fit_pca(config)
     if config.task == "mim" and config.mim_weight and config.tokenizer in FIRST:
         task, make = FIRST[config.tokenizer]
-        first = dict(task=task, out=os.path.join(config.out, "tokenizer"), weights="none")
-        if not make(replace(config, **first, steps=config.tokenizer_steps)):
+        first = dict(task=task, out=os.path.join(config.out, "tokenizer"), weights="none",
+                     steps=config.tokenizer_steps, lr=config.tokenizer_lr)
+        if not make(replace(config, **first)):
             return None  # stopped by SIGTERM
         all_sum(0)  # other machines wait until the first has written it
     return train(config)

@@ -47,7 +47,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOY = (
     "--preset=shapes --image_size=32 --patch_size=4 --downsample=2 --vocab_size=32 --dvae_dim=8 "
     "--tokenizer_steps=2 --steps=6 --batch_size=8 --warmup_epochs=0 --val_images=8 --num_workers=0 "
-    "--log_every=1 --eval_every=0 --save_every=2"
+    "--log_every=1 --eval_every=0 --save_every=2 --lr=3e-3"
 ).split()
 KILLS = int(os.environ.get("KILLS", 3))  # how often the kill test kills; 20 takes some minutes
 
