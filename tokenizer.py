@@ -148,7 +148,8 @@ def dalle_file(folder, name):
                              "decoder.pkl on another machine and give their folder as "
                              "--tokenizer=dalle:DIR") from error
     if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file; --tokenizer=dalle:DIR needs DALL-E's {name}")
+        raise ValueError(f"{path}: no such file; "
+                         f"--tokenizer=dalle:DIR needs DALL-E's {name} in DIR")
     return path
 
 
