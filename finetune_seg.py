@@ -76,7 +76,6 @@ class Config(RunConfig):
     stride: int = 341  # pixels from window to window in the evaluation: two thirds of 512
     scales: str = "1"  # sizes that --task=eval averages over: 0.5,0.75,1,1.25,1.5,1.75 for more
     flip: bool = False  # average over the mirrored image too: a bit better at twice the time
-    train_images: int = 0  # train on only so many of the images, 0: all; fewer overfit sooner
     val_images: int = 0  # held-out images an evaluation reads, 0: all; fewer for a quick look
 
 
@@ -105,9 +104,8 @@ def open_pairs(config):
         pairs = [open_shapes_pairs(config.image_size, train) for train in (True, False)]
     else:
         pairs = [open_folder(config, part) for part in ("training", "validation")]
-    counts = (config.train_images, config.val_images)
-    return [[part.split(count or len(part))[0] for part in pair]
-            for pair, count in zip(pairs, counts)]
+    pairs[1] = [part.split(config.val_images or len(part))[0] for part in pairs[1]]
+    return pairs
 
 
 def open_shapes_pairs(size, train):

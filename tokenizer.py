@@ -17,6 +17,7 @@ and what they have from `Tokens` or `Values`: the loss, and what is reached with
 import math
 import os
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -342,14 +343,10 @@ class VQGANLevel(nn.Module):
         return resample(x) if resample else x
 
 
-class VQGANMiddle(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.block_1, self.attn_1 = VQGANBlock(channels, channels), VQGANAttention(channels)
-        self.block_2 = VQGANBlock(channels, channels)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
+def vqgan_middle(channels):
+    first, last = VQGANBlock(channels, channels), VQGANBlock(channels, channels)
+    parts = dict(block_1=first, attn_1=VQGANAttention(channels), block_2=last)
+    return nn.Sequential(OrderedDict(parts))
 
 
 class VQGANEncoder(nn.Module):
@@ -361,7 +358,7 @@ class VQGANEncoder(nn.Module):
         self.down = nn.ModuleList(
             VQGANLevel(*pair, 2, number < 4, True) for number, pair in enumerate(pairs)
         )
-        self.mid = VQGANMiddle(last)
+        self.mid = vqgan_middle(last)
         self.norm_out, self.conv_out = group_norm(last), nn.Conv2d(last, 256, 3, padding=1)
 
     def forward(self, x):
@@ -375,7 +372,7 @@ class VQGANDecoder(nn.Module):
     def __init__(self):
         super().__init__()
         first, last = CHANNELS[0], CHANNELS[-1]
-        self.conv_in, self.mid = nn.Conv2d(256, last, 3, padding=1), VQGANMiddle(last)
+        self.conv_in, self.mid = nn.Conv2d(256, last, 3, padding=1), vqgan_middle(last)
         pairs = zip((*CHANNELS[1:], last), CHANNELS)
         self.up = nn.ModuleList(
             VQGANLevel(*pair, 3, number > 0, False) for number, pair in enumerate(pairs)
@@ -531,9 +528,6 @@ class Ignored:
 
     def __init__(self, *args, **kwargs):
         pass
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
 
     def __setstate__(self, state):
         pass
