@@ -131,6 +131,8 @@ class Config(RunConfig):
     local_crops: int = 0  # small views for DINO, beside MIM as in app. E (8 there, 4.2x the cost)
     projector_dim: int = 2048  # hidden units of the contrastive head; fewer for small networks
     prototypes: int = 65_536  # outputs of DINO's head; fewer for small data
+    teacher_momentum: float = 0.996  # at the start, then up to 1; less in runs of few steps
+    teacher_temperature: float = 0.07  # of DINO's targets, from 0.04; runs of few steps stay there
     query: str = ""  # row,column of the patch that --task=attention asks; empty: the middle
     dry_run: bool = False  # print the plan of the run, without data, and stop
     processes: int = 0  # GPUs that the plan is for; 0: as many as run it
@@ -141,13 +143,13 @@ class Config(RunConfig):
 # The demos' tokenizer is our own dVAE, trained first.
 DEMO = dict(size="nano", tokenizer="dvae", dvae_dim=64, downsample=4, batch_size=64, lr=3e-3)
 DEMO |= dict(warmup_epochs=0.2, num_workers=2, log_every=25, projector_dim=512, prototypes=2048)
-DEMO |= dict(tokenizer_lr=3e-3)
+DEMO |= dict(tokenizer_lr=3e-3, teacher_momentum=0.99, teacher_temperature=0.04)
 CIFAR = dict(DEMO, image_size=32, patch_size=4, crop_min=0.3, vocab_size=512)
 CIFAR |= dict(epochs=10, tokenizer_steps=1000, eval_every=1000, save_every=500)
 PRESETS = {
     "paper": {
         "size=large": dict(clip_grad=1.0, micro_batch=64),
-        "contrast=moco": dict(projector_dim=4096),
+        "contrast=moco": dict(projector_dim=4096, teacher_momentum=0.99),
     },
     "shapes": dict(DEMO, data="shapes", out="out/shapes", image_size=64, patch_size=8, crop_min=0.5)
     | dict(vocab_size=256, steps=250, tokenizer_steps=300, eval_every=125, save_every=125)
@@ -973,7 +975,7 @@ class Contrast(nn.Module):
     """A loss that compares views of images. Besides `head`, the student's projector, it has
 
     area                    (least, most) share of the image that its whole views show
-    momentum                the teacher's at the start, which rises to 1; None: there is no teacher
+    has_teacher             whether the other views are a teacher's, or the student's own
     needs_whole_batch       whether it compares images, so that gradients cannot accumulate
     forward(student, teacher, progress)
                             {view: (B, D) of this process} of both -> the loss, summed over B
@@ -993,18 +995,19 @@ class DINO(Contrast):
     """Self-distillation (arXiv 2104.14294, eq. 3): cross entropy of the student's prototypes with
     the teacher's, whose running mean, the centre, is taken out so that no prototype wins always."""
 
-    momentum, needs_whole_batch, area = 0.996, False, (0.4, 1.0)
+    has_teacher, needs_whole_batch, area = True, False, (0.4, 1.0)
 
     def __init__(self, config, dim):
         super().__init__()
         self.head = DINOHead(dim, config.projector_dim, config.prototypes)
+        self.temperature = config.teacher_temperature
         self.register_buffer("centre", torch.zeros(config.prototypes))
         self.register_buffer("scores", torch.zeros(1 + config.prototypes), persistent=False)
 
     def forward(self, student, teacher, progress):
         """The mean over all pairs of different views."""
         # the teacher's temperature rises over the first 30 of DINO's 300 epochs
-        temperature = 0.04 + 0.03 * min(1, progress / 0.1)
+        temperature = 0.04 + (self.temperature - 0.04) * min(1, progress / 0.1)
         for scores in teacher.values():
             self.scores[0] += len(scores)
             self.scores[1:] += scores.sum(dim=0)
@@ -1025,7 +1028,7 @@ class DINO(Contrast):
 class MoCo(Contrast):
     """MoCo v3 (arXiv 2104.02057): find the teacher's other view of an image in the whole batch."""
 
-    momentum, needs_whole_batch, temperature = 0.99, True, 0.2
+    has_teacher, needs_whole_batch, temperature = True, True, 0.2
 
     def __init__(self, config, dim):
         super().__init__()
@@ -1044,7 +1047,7 @@ class SimCLR(Contrast):
     """SimCLR (arXiv 2002.05709): find an image's other view among all others of the batch, without
     a teacher."""
 
-    momentum, needs_whole_batch, temperature = None, True, 0.1
+    has_teacher, needs_whole_batch, temperature = False, True, 0.1
 
     def __init__(self, config, dim):
         super().__init__()
@@ -1096,8 +1099,8 @@ class Contrastive(MaskedImageModelling):
         del contrast.head  # it is the model's now
         self.contrast, self.of, self.own = contrast, config.contrast_on, own_passes(config)
         self.mim_weight, self.contrast_weight = config.mim_weight, config.contrast_weight
-        self.teacher = None
-        if contrast.momentum:
+        self.teacher, self.momentum = None, config.teacher_momentum
+        if contrast.has_teacher:
             self.teacher = copy.deepcopy(self.model).requires_grad_(False)
             self.teacher.lm_head = None
             for block in self.teacher.blocks:
@@ -1153,7 +1156,7 @@ class Contrastive(MaskedImageModelling):
         self.contrast.after_step()
         if self.teacher is not None:
             # the momentum rises to 1 on a cosine
-            momentum = cosine(progress, 1, 0, self.contrast.momentum, 1.0)
+            momentum = cosine(progress, 1, 0, self.momentum, 1.0)
             student = dict(self.model.named_parameters())
             pairs = [(t, student[name]) for name, t in self.teacher.named_parameters()]
             teacher, student = zip(*pairs)
@@ -1282,6 +1285,10 @@ def check(config):
     for name, least in dict(local_crops=0, projector_dim=1, prototypes=1, mim_weight=0).items():
         if getattr(config, name) < least:
             raise ValueError(f"--{name}={getattr(config, name)}: give {least} or more")
+    if not 0 <= config.teacher_momentum <= 1:
+        raise ValueError(f"--teacher_momentum={config.teacher_momentum}: give 0 to 1")
+    if config.teacher_temperature <= 0:
+        raise ValueError(f"--teacher_temperature={config.teacher_temperature}: give more than 0")
     if config.local_crops and config.contrast != "dino":
         raise ValueError("--local_crops: only --contrast=dino has them")
     if CONTRASTS[config.contrast].needs_whole_batch:

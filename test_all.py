@@ -725,11 +725,15 @@ def test_the_defaults_are_the_papers_table_12():
     recipe |= dict(weight_decay=0.05, clip_grad=3.0, drop_path=0.1, image_size=224, patch_size=16)
     recipe |= dict(size="base", variant="paper", tokenizer="dalle", mask="block", predict="masked")
     recipe |= dict(crop_min=0.08, jitter=0.4, min_block=16)
+    recipe |= dict(projector_dim=2048, prototypes=65_536)  # DINO's
+    recipe |= dict(teacher_momentum=0.996, teacher_temperature=0.07)
     assert {name: getattr(config, name) for name in recipe} == recipe
     assert round(config.mask_ratio * 196) == 75
     assert pretrain.run_length(config, 1_281_167)[0] == 500_000
     large = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, ["--size=large"])
     assert (large.size, large.clip_grad) == ("large", 1.0)
+    moco = pretrain.parse_args(pretrain.Config, pretrain.PRESETS, ["--contrast=moco"])
+    assert (moco.projector_dim, moco.teacher_momentum) == (4096, 0.99)
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune_cls, finetune_seg])
@@ -1272,7 +1276,7 @@ from model import GlobalBatchNorm
 if pretrain.world_size() > 1:
     dist.init_process_group("gloo")
 data = torch.load(sys.argv[1], weights_only=True)
-config = pretrain.Config(prototypes=6, projector_dim=8)
+config = pretrain.Config(prototypes=6, projector_dim=8, teacher_temperature=0.1)
 results = {}
 for name, (student, teacher, centre, progress) in data.items():
     student = {k: pretrain.share(v).requires_grad_() for k, v in student.items()}
@@ -1296,7 +1300,7 @@ if pretrain.world_size() > 1:
 
 
 def slow_dino(student, teacher, centre, progress):
-    temperature = 0.04 + 0.03 * min(1, progress * 10)
+    temperature = 0.04 + 0.06 * min(1, progress * 10)
     total, pairs = 0, 0
     for a, t in teacher.items():
         for b, s in student.items():
@@ -1389,7 +1393,8 @@ def contrastive(*words):
 
 
 def test_the_teacher_is_the_students_moving_average():
-    objective, batch = contrastive("--contrast=moco", "--tokenizer=pixel", "--projector_dim=8")
+    objective, batch = contrastive("--contrast=moco", "--tokenizer=pixel", "--projector_dim=8",
+                                   "--teacher_momentum=0.98")
     expected = {name: value.clone() for name, value in objective.teacher.named_parameters()}
     assert expected and not any(v.requires_grad for v in objective.teacher.parameters())
     optimizer = torch.optim.SGD(objective.model.parameters(), lr=0.5)
@@ -1397,7 +1402,7 @@ def test_the_teacher_is_the_students_moving_average():
         loss, _ = objective(batch(step), objective.counts(batch(step)))
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         objective.after_step(step / 10)
-        momentum = 1 - 0.01 * (1 + math.cos(math.pi * step / 10)) / 2  # from 0.99 to 1
+        momentum = 1 - 0.02 * (1 + math.cos(math.pi * step / 10)) / 2  # from 0.98 to 1
         student = dict(objective.model.named_parameters())
         expected = {name: momentum * value + (1 - momentum) * student[name]
                     for name, value in expected.items()}
@@ -1509,6 +1514,8 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
         (["--mask=none"], "--mask=none hides nothing to predict"),
         (["--mim_weight=0"], "go with a contrastive loss"),
         (["--contrast=dino", "--prototypes=0"], "--prototypes=0: give 1 or more"),
+        (["--contrast=dino", "--teacher_momentum=1.5"], "--teacher_momentum=1.5: give 0 to 1"),
+        (["--contrast=dino", "--teacher_temperature=0"], "=0.0: give more than 0"),
         (["--dry_run", "--task=pca"], "--task=pca takes minutes and has no plan"),
         (["--dry_run", "--tokenizer=vae"], "--tokenizer=vae: unknown; known are dalle"),
         (["--task=pca", "--components=2", "--micro_batch=0"], "--micro_batch=0"),
