@@ -114,8 +114,8 @@ class Config(RunConfig):
     mask_ratio: float = 0.383  # 75 of 14x14 patches, the authors' rounding of the paper's 40%
     min_block: int = 16  # least patches of a block (algorithm 1); lower it on grids below 8x8
     predict: Literal["masked", "all"] = "masked"  # all patches: -0.3 top-1, -3.7 mIoU (table 4)
-    crop_min: float = 0.08  # least area of a crop; raise it where images are tiny
-    jitter: float = 0.4  # of brightness, contrast and saturation; the tokens see it too
+    crop_min: float = 0.08  # least area of MIM's crop; raise it where images are tiny
+    jitter: float = 0.4  # of brightness, contrast and saturation; MIM's tokens see it too
     tokenizer_steps: int = 50_000  # of training our own dVAE when --tokenizer=dvae does that first
     tokenizer_lr: float = 1.5e-3  # peak of that; a small dVAE bears more than a ViT
     vocab_size: int = 8192  # tokens of our own dVAE; fewer are learnt faster and carry less detail
@@ -723,6 +723,8 @@ class Views(Dataset):
         self.images, self.config = images, config
         self.grid = config.image_size // config.patch_size
         self.count = round(config.mask_ratio * self.grid**2)
+        # nothing is hidden where nothing is to be predicted
+        self.mask = config.mask if config.task == "mim" and config.mim_weight else "none"
         mode = transforms.InterpolationMode
         self.aligned = {"images": self.transform(config.image_size, mode.BICUBIC, train)}
         if token_size != config.image_size:
@@ -761,7 +763,7 @@ class Views(Dataset):
             made = [pil_to_tensor(transform(image)) for _ in range(count)]
             sample |= {name: torch.stack(made)} if made else {}
         rng = np.random.default_rng([self.config.seed, epoch, index])
-        mask = MASKS[self.config.mask](self.grid, self.count, self.config.min_block, rng)
+        mask = MASKS[self.mask](self.grid, self.count, self.config.min_block, rng)
         sample["mask"] = torch.from_numpy(mask)
         return sample
 
@@ -1135,9 +1137,10 @@ class Contrastive(MaskedImageModelling):
             student["masked"] = self.model.projector(self.model.summary(x, self.of))
             if self.teacher is None:
                 student[0] = self.project(views[0])
+        teacher = self.teach(views)
         with torch.autocast(views[0].device.type, enabled=False):  # temperatures need float32
             student, teacher = ({view: x.float() for view, x in outputs.items()}
-                                for outputs in (student, self.teach(views)))
+                                for outputs in (student, teacher))
             contrast = self.contrast(student, teacher, batch["progress"]) / totals[1]
         metrics["contrast_loss"] = contrast.detach()
         return self.mim_weight * loss + self.contrast_weight * contrast, metrics
@@ -1272,6 +1275,8 @@ def attention(config):
 
 def check(config):
     """Raise ValueError for options that do not go together, before anything is trained."""
+    if config.task == "mim":
+        vit_config(config)  # says so if there is no such network, before a tokenizer is trained
     if config.mask == "none" and config.predict == "masked" and config.mim_weight:
         raise ValueError("--mask=none hides nothing to predict: give --predict=all with it")
     if config.contrast == "none":
@@ -1282,7 +1287,8 @@ def check(config):
     if config.contrast not in CONTRASTS:
         known = ", ".join(["none", *CONTRASTS])
         raise ValueError(f"--contrast={config.contrast}: known are {known}")
-    for name, least in dict(local_crops=0, projector_dim=1, prototypes=1, mim_weight=0).items():
+    least = dict(local_crops=0, projector_dim=1, prototypes=1, mim_weight=0, contrast_weight=0)
+    for name, least in least.items():
         if getattr(config, name) < least:
             raise ValueError(f"--{name}={getattr(config, name)}: give {least} or more")
     if not 0 <= config.teacher_momentum <= 1:
@@ -1295,8 +1301,12 @@ def check(config):
         processes = (config.processes if config.dry_run else 0) or world_size()
         need = -(-config.batch_size // processes)
         if config.micro_batch < need:
+            more = ", or --processes, how many run it" if config.dry_run else ""
             raise ValueError(f"--contrast={config.contrast}: compares all images of a batch, so "
-                             f"gradients cannot accumulate; give --micro_batch={need}")
+                             f"gradients cannot accumulate; give --micro_batch={need}{more}")
+        if config.repeats > 1:
+            raise ValueError(f"--repeats={config.repeats}: --contrast={config.contrast} would push "
+                             "an image away from its own copies in the batch; leave it out")
         if config.batch_size % processes:
             raise ValueError(f"--contrast={config.contrast}: --batch_size={config.batch_size} is "
                              f"to be a multiple of the {processes} processes")
@@ -1433,9 +1443,8 @@ def plan(config):
         "pixel": lambda: Pixels(config.patch_size, form),
         "pca": lambda: PCA(PCAConfig(config.patch_size, config.components)),
     }
-    if kind not in untrained:
-        build_tokenizer(config.tokenizer)  # says which there are
-    tokenizer = untrained[kind]().to(device).eval().requires_grad_(False)
+    read = functools.partial(build_tokenizer, config.tokenizer, device, config.patch_size)
+    tokenizer = untrained.get(kind, read)().to(device).eval().requires_grad_(False)
     objective = make_objective(config, device, tokenizer)
     processes = config.processes or world_size()
     local = -(-config.batch_size // processes)  # images of a step in one process, rounded up

@@ -1413,6 +1413,16 @@ def test_the_teacher_is_the_students_moving_average():
     assert moved > 1e-3
 
 
+def test_the_teacher_computes_in_the_networks_precision():
+    objective, batch = contrastive("--contrast=moco", "--tokenizer=pixel", "--projector_dim=8")
+    seen = []
+    layer = objective.teacher.blocks[0].mlp.fc1
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = objective(batch(0), objective.counts(batch(0)))
+    assert seen == [torch.bfloat16] and loss.dtype == torch.float32
+
+
 def test_views_of_a_contrastive_loss(tmp_path):
     for words, whole, small in (
         (["--contrast=dino"], 1, None),
@@ -1424,6 +1434,7 @@ def test_views_of_a_contrastive_loss(tmp_path):
         assert first["views"].shape == (8, whole, 3, 32, 32)
         assert small is None or first["local_views"].shape == small  # 96 / 224 of 8 patches: 3
         assert all(torch.equal(first[k], again[k]) for k in ("views", "images"))
+        assert first["mask"].any() == ("--mim_weight=0" not in words)
         others = [first["images"], *first["views"].unbind(1)]
         for a in range(len(others)):
             assert all((others[a] != others[b]).any() for b in range(a))
@@ -1507,6 +1518,9 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
         (["--contrast=moco", "--micro_batch=4"], "cannot accumulate; give --micro_batch=8"),
         (["--contrast=simclr", "--micro_batch=4"], "compares all images of a batch"),
         (["--contrast=moco", "--local_crops=2"], "only --contrast=dino has them"),
+        (["--contrast=moco", "--repeats=2"], "--repeats=2: --contrast=moco would push"),
+        (["--contrast=moco", "--batch_size=256", "--dry_run"], "256, or --processes, how many"),
+        (["--contrast=simclr", "--contrast_weight=-1"], "--contrast_weight=-1.0: give 0 or more"),
         (["--contrast=byol"], "--contrast=byol: known are none, dino, moco, simclr"),
         (["--tokenizer=pca", "--components=49"], "a patch of 4x4 pixels has 1 to 48"),
         (["--tokenizer=vqgan"], "unknown; known are dalle[:DIR], dvae:FILE, vqgan:FILE, pca:FILE"),
@@ -1521,6 +1535,12 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
         (["--task=pca", "--components=2", "--micro_batch=0"], "--micro_batch=0"),
     ):
         assert message in error_of(capsys, *words, *extra)
+    out = tmp_path / "early"  # before anything is made
+    assert "'nan'" in error_of(capsys, *TOY, f"--out={out}", "--tokenizer=pca", "--size=nan")
+    assert not out.exists()
+    torch.save(torch.zeros(3), tmp_path / "bare.pt")
+    text = error_of(capsys, *words, f"--tokenizer=dvae:{tmp_path}/bare.pt")
+    assert "bare.pt: no checkpoint of --task=tokenizer" in text
     toy(tmp_path / "pca", "--task=pca", "--components=4", f"--data={make_folder(tmp_path / 'i')}")
     text = error_of(capsys, *words, f"--tokenizer=dvae:{tmp_path}/pca/checkpoint.pt")
     assert "checkpoint.pt: no checkpoint of --task=tokenizer" in text

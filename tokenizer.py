@@ -265,6 +265,8 @@ def load_own(path, network, config, task):
     """The network in a checkpoint.pt of pretrain.py."""
     checkpoint = read_checkpoint(path)
     try:
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"holds a {type(checkpoint).__name__}")
         made = network(config(**checkpoint["arch"]))
         made.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
