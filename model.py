@@ -50,7 +50,7 @@ class ViTConfig:
     layer_scale: float = 0.0  # initial gain of every residual branch; 0 = no such parameters
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
+        if self.patch_size < 1 or self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}"
             )
@@ -751,6 +751,10 @@ def export_weights(path, to, out):
                          "the other libraries have")
     state = {name: value.float().contiguous() for name, value in state.items()
              if not name.startswith("projector.")}
+    given = {} if os.path.isdir(path) else read_tensors(path).get("config") or {}
+    if given.get("mim_weight") == 0:
+        raise ValueError(f"{path}: was trained without masked image modelling, so that its head is "
+                         "random; fine-tune it, and export the classifier")
     if to == "timm":
         state.pop("mask_token", None)
         for kind in ("weight", "bias"):  # a masked model is timm's with a class for each token
@@ -778,7 +782,6 @@ def export_weights(path, to, out):
     )
     theirs |= dict(vocab_size=len(words)) if len(words) else {}
     theirs |= dict(id2label=labels, label2id={v: k for k, v in labels.items()}) if labels else {}
-    given = {} if os.path.isdir(path) else read_tensors(path).get("config") or {}
     half = given.get("norm") == "half"  # what our own run was trained with
     side = dict(height=config.image_size, width=config.image_size)
     images = dict(image_processor_type="BeitImageProcessor", do_resize=True, size=side, resample=3,

@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,7 +126,7 @@ class Config(RunConfig):
     kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
     components: int = 64  # of --task=pca; more are sharper, but the last ones are noise to predict
     contrast: str = "none"  # a second loss: dino, moco or simclr (README, "Beyond the paper")
-    contrast_on: Literal["cls", "mean"] = "cls"  # what it looks at: [CLS], or the mean patch
+    contrast_on: Literal["cls", "mean"] = "cls"  # or the mean patch, which is what probes look at
     contrast_weight: float = 1.0  # of it; more makes features more alike within an image
     mim_weight: float = 1.0  # of masked image modelling; 0: plain DINO, MoCo v3 or SimCLR
     local_crops: int = 0  # small views for DINO, beside MIM as in app. E (8 there, 4.2x the cost)
@@ -974,11 +975,13 @@ class MaskedImageModelling(Objective):
 
 
 class Contrast(nn.Module):
-    """A loss that compares views of images. Besides `head`, the student's projector, it has
+    """A loss that compares views of images. Besides `head`, the student's projector, where all that
+    is trained belongs, it has
 
     area                    (least, most) share of the image that its whole views show
     has_teacher             whether the other views are a teacher's, or the student's own
-    needs_whole_batch       whether it compares images, so that gradients cannot accumulate
+    needs_whole_batch       whether it compares images or its head has a batch norm, so that
+                            gradients cannot accumulate and processes have equal shares
     forward(student, teacher, progress)
                             {view: (B, D) of this process} of both -> the loss, summed over B
     """
@@ -1099,6 +1102,7 @@ class Contrastive(MaskedImageModelling):
         contrast = CONTRASTS[config.contrast](config, vit_config(config).dim)
         super().__init__(config, tokenizer, contrast.head)
         del contrast.head  # it is the model's now
+        assert not list(contrast.parameters()), "parameters outside `head` would not be trained"
         self.contrast, self.of, self.own = contrast, config.contrast_on, own_passes(config)
         self.mim_weight, self.contrast_weight = config.mim_weight, config.contrast_weight
         self.teacher, self.momentum = None, config.teacher_momentum
@@ -1114,10 +1118,11 @@ class Contrastive(MaskedImageModelling):
     def counts(self, batch):
         return [*super().counts(batch), len(batch["images"])]
 
-    def project(self, images):
-        """The student's head on whole views, uint8 (B, 3, H, W)."""
-        x = self.model.summary(self.model.features(normalise(images, self.norm)), self.of)
-        return self.model.projector(x)
+    def project(self, model, head, views):
+        """What a network and a head make of views, uint8 (B, 3, H, W) each: a list. The head sees
+        one view at a time, as its batch norm is to be over one."""
+        x = model.features(normalise(torch.cat(views), self.norm))
+        return [head(part) for part in model.summary(x, self.of).chunk(len(views))]
 
     def forward(self, batch, totals):
         loss, metrics, student = 0, {}, {}
@@ -1127,16 +1132,16 @@ class Contrastive(MaskedImageModelling):
             loss, metrics = loss / totals[0], {k: v / totals[0] for k, v in metrics.items()}
             metrics["mim_loss"] = loss.detach()
         views = batch["views"].unbind(1)  # (B, 3, H, W) each: one, or two of the contrast's own
+        own = functools.partial(self.project, self.model, self.model.projector)
         if self.own:
-            student = dict(enumerate(self.project(torch.cat(views)).chunk(len(views))))
+            student = dict(enumerate(own(views)))
             if "local_views" in batch:
-                crops = batch["local_views"].transpose(0, 1)  # (crops, B, 3, h, w)
-                crops = self.project(crops.flatten(0, 1)).chunk(len(crops))
-                student |= dict(enumerate(crops, len(views)))
+                crops = batch["local_views"].unbind(1)  # (B, 3, h, w) each
+                student |= dict(enumerate(own(crops), len(views)))
         else:
             student["masked"] = self.model.projector(self.model.summary(x, self.of))
             if self.teacher is None:
-                student[0] = self.project(views[0])
+                student[0], = own(views)
         teacher = self.teach(views)
         with torch.autocast(views[0].device.type, enabled=False):  # temperatures need float32
             student, teacher = ({view: x.float() for view, x in outputs.items()}
@@ -1150,9 +1155,8 @@ class Contrastive(MaskedImageModelling):
         """{view: what the student is to find}."""
         if self.teacher is None:
             return {}
-        x = self.teacher.features(normalise(torch.cat(views), self.norm))
-        x = self.teacher.summary(x, self.of)
-        return dict(enumerate(self.contrast.teach(self.teacher.projector, x).chunk(len(views))))
+        head = functools.partial(self.contrast.teach, self.teacher.projector)
+        return dict(enumerate(self.project(self.teacher, head, views)))
 
     @torch.no_grad()
     def after_step(self, progress):
@@ -1166,7 +1170,8 @@ class Contrastive(MaskedImageModelling):
             torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     def measure(self, batch):
-        z = F.normalize(self.project(batch["images"]).float(), dim=1)
+        z, = self.project(self.model, self.model.projector, [batch["images"]])
+        z = F.normalize(z.float(), dim=1)
         spread = {"z": z.sum(dim=0), "square": z.square().sum(dim=0)}
         sums = super().measure(batch) if self.mim_weight else {}
         return sums | {f"spread_{name}": value for name, value in spread.items()}
@@ -1275,8 +1280,9 @@ def attention(config):
 
 def check(config):
     """Raise ValueError for options that do not go together, before anything is trained."""
-    if config.task == "mim":
-        vit_config(config)  # says so if there is no such network, before a tokenizer is trained
+    if config.task != "mim":
+        return
+    vit_config(config)  # says so if there is no such network, before a tokenizer is trained
     if config.mask == "none" and config.predict == "masked" and config.mim_weight:
         raise ValueError("--mask=none hides nothing to predict: give --predict=all with it")
     if config.contrast == "none":
@@ -1297,13 +1303,19 @@ def check(config):
         raise ValueError(f"--teacher_temperature={config.teacher_temperature}: give more than 0")
     if config.local_crops and config.contrast != "dino":
         raise ValueError("--local_crops: only --contrast=dino has them")
+    if not config.mim_weight + config.contrast_weight:
+        raise ValueError("--mim_weight=0 --contrast_weight=0: nothing is left to train on")
     if CONTRASTS[config.contrast].needs_whole_batch:
         processes = (config.processes if config.dry_run else 0) or world_size()
         need = -(-config.batch_size // processes)
         if config.micro_batch < need:
-            more = ", or --processes, how many run it" if config.dry_run else ""
+            more = "--processes" if config.dry_run else "processes"
             raise ValueError(f"--contrast={config.contrast}: compares all images of a batch, so "
-                             f"gradients cannot accumulate; give --micro_batch={need}{more}")
+                             f"gradients cannot accumulate; give --micro_batch={need}, a smaller "
+                             f"--batch_size or more {more}")
+        if config.batch_size < 2:
+            raise ValueError(f"--batch_size={config.batch_size}: --contrast={config.contrast} has "
+                             "nothing to compare an image with; give 2 or more")
         if config.repeats > 1:
             raise ValueError(f"--repeats={config.repeats}: --contrast={config.contrast} would push "
                              "an image away from its own copies in the batch; leave it out")
@@ -1474,7 +1486,8 @@ def plan(config):
     objective.eval()  # without stochastic depth, which saves 5%
     half = trial // 2 or 1
     activations = (step(trial) - step(half)) / (trial - half or 1)  # the rest is weights
-    with FlopCounterMode(display=False) as counter:
+    # not every device's fused attention is counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(half)
     speed, clock = config.images_per_s, time.time()
     if not speed:
@@ -1500,6 +1513,10 @@ time        {days:,.2f} days on {processes} processes""")
 
 # What a run of MIM makes first, when --tokenizer names its kind and no file
 FIRST = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
+# Fields that these do not read: at other values of them, what is there is still the right one
+UNREAD = "size variant drop_path mask mask_ratio min_block predict contrast contrast_on"
+UNREAD = f"{UNREAD} contrast_weight mim_weight local_crops projector_dim prototypes".split()
+UNREAD += ["teacher_momentum", "teacher_temperature"]
 
 
 def main(argv=None):
@@ -1513,8 +1530,9 @@ def main(argv=None):
         return fit_pca(config)
     if config.task == "mim" and config.mim_weight and config.tokenizer in FIRST:
         task, make = FIRST[config.tokenizer]
-        first = dict(task=task, out=os.path.join(config.out, "tokenizer"), weights="none",
-                     steps=config.tokenizer_steps, lr=config.tokenizer_lr)
+        first = {name: getattr(Config, name) for name in UNREAD}  # their defaults
+        first |= dict(task=task, out=os.path.join(config.out, "tokenizer"), weights="none",
+                      steps=config.tokenizer_steps, lr=config.tokenizer_lr)
         if not make(replace(config, **first)):
             return None  # stopped by SIGTERM
         all_sum(0)  # other machines wait until the first has written it

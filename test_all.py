@@ -1495,10 +1495,35 @@ def test_contrastive_runs_learn_and_resume_exactly(contrast, tmp_path):
     config = pretrain.Config(**json.load(open(tmp_path / "whole" / "config.json")))
     views = pretrain.Views(pretrain.open_images(config)[1], config, 32, train=False)
     with torch.no_grad():
-        z = objective.eval().project(torch.stack([views[0, i]["images"] for i in range(4)])).numpy()
+        z, = objective.eval().project(objective.model, objective.model.projector,
+                                      [torch.stack([views[0, i]["images"] for i in range(4)])])
+    z = z.numpy()
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     spread = z.std(0).mean() * math.sqrt(z.shape[1])
     assert math.isclose(lines[-1]["val_spread"], spread, rel_tol=1e-2)
+
+
+def test_heads_normalise_a_view_at_a_time():
+    objective, batch = contrastive("--contrast=moco", "--mim_weight=0", "--drop_path=0")
+    network, views = objective.model, batch(0)["views"].unbind(1)
+    both = objective.project(network, network.projector, views)
+    for one, view in zip(both, views, strict=True):
+        x = network.summary(network.features(pretrain.normalise(view, "imagenet")), "cls")
+        assert torch.allclose(one, network.projector(x), atol=1e-4)
+
+
+def test_what_a_run_makes_first_outlives_a_change_of_the_rest(tmp_path):
+    words = [f"--data={make_folder(tmp_path / 'images', 20, side=32)}", "--components=3"]
+    words += ["--tokenizer=pca", "--steps=2", "--mim_weight=1"]
+    toy(tmp_path / "out", *words)
+    made = (tmp_path / "out" / "tokenizer" / "checkpoint.pt").read_bytes()
+    (tmp_path / "out" / "checkpoint.pt").unlink()
+    toy(tmp_path / "out", *words, "--contrast=simclr", "--projector_dim=8", "--mask_ratio=0.5")
+    assert (tmp_path / "out" / "tokenizer" / "checkpoint.pt").read_bytes() == made
+    with pytest.raises(ValueError, match="without masked image modelling"):
+        toy(tmp_path / "plain", "--steps=2", "--contrast=dino", "--mim_weight=0", words[0],
+            "--prototypes=8", "--projector_dim=8")
+        export_weights(tmp_path / "plain" / "checkpoint.pt", "timm", str(tmp_path / "timm.pth"))
 
 
 def test_the_contrastive_loss_in_the_readme_trains(tmp_path, monkeypatch):
@@ -1515,12 +1540,15 @@ def test_the_contrastive_loss_in_the_readme_trains(tmp_path, monkeypatch):
 def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
     words = [*TOY, f"--out={tmp_path}/out", "--tokenizer=pixel"]
     for extra, message in (
-        (["--contrast=moco", "--micro_batch=4"], "cannot accumulate; give --micro_batch=8"),
+        (["--contrast=moco", "--micro_batch=4"], "cannot accumulate; give --micro_batch=8, a"),
         (["--contrast=simclr", "--micro_batch=4"], "compares all images of a batch"),
         (["--contrast=moco", "--local_crops=2"], "only --contrast=dino has them"),
         (["--contrast=moco", "--repeats=2"], "--repeats=2: --contrast=moco would push"),
-        (["--contrast=moco", "--batch_size=256", "--dry_run"], "256, or --processes, how many"),
+        (["--contrast=moco", "--batch_size=256", "--dry_run"], "--batch_size or more --processes"),
         (["--contrast=simclr", "--contrast_weight=-1"], "--contrast_weight=-1.0: give 0 or more"),
+        (["--contrast=simclr", "--batch_size=1"], "has nothing to compare an image with"),
+        (["--contrast=dino", "--mim_weight=0", "--contrast_weight=0"], "nothing is left to train"),
+        (["--patch_size=0"], "patch_size=0"),
         (["--contrast=byol"], "--contrast=byol: known are none, dino, moco, simclr"),
         (["--tokenizer=pca", "--components=49"], "a patch of 4x4 pixels has 1 to 48"),
         (["--tokenizer=vqgan"], "unknown; known are dalle[:DIR], dvae:FILE, vqgan:FILE, pca:FILE"),
@@ -1541,7 +1569,8 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
     torch.save(torch.zeros(3), tmp_path / "bare.pt")
     text = error_of(capsys, *words, f"--tokenizer=dvae:{tmp_path}/bare.pt")
     assert "bare.pt: no checkpoint of --task=tokenizer" in text
-    toy(tmp_path / "pca", "--task=pca", "--components=4", f"--data={make_folder(tmp_path / 'i')}")
+    folder = make_folder(tmp_path / "i")
+    toy(tmp_path / "pca", "--task=pca", "--components=4", f"--data={folder}")
     text = error_of(capsys, *words, f"--tokenizer=dvae:{tmp_path}/pca/checkpoint.pt")
     assert "checkpoint.pt: no checkpoint of --task=tokenizer" in text
 

@@ -418,12 +418,12 @@ class VQGAN(Tokens):
 
 def load_vqgan(path):
     checkpoint = read_checkpoint(path)
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     try:
+        state = checkpoint.get("state_dict", checkpoint)
         vqgan = VQGAN(len(state["quantize.embedding.weight"]))
         state = {name: value for name, value in state.items() if not name.startswith("loss.")}
         vqgan.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: no checkpoint of taming-transformers' f=16 VQ-GAN "
                          f"({reason(error)}); --tokenizer=vqgan:FILE is its last.ckpt") from error
     return vqgan
