@@ -126,7 +126,7 @@ class Config(RunConfig):
     kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
     components: int = 64  # of --task=pca; more are sharper, but the last ones are noise to predict
     contrast: str = "none"  # a second loss: dino, moco or simclr (README, "Beyond the paper")
-    contrast_on: Literal["cls", "mean"] = "cls"  # or the mean patch, which is what probes look at
+    contrast_on: Literal["cls", "mean"] = "cls"  # what it looks at: [CLS], or the mean patch, as probes do
     contrast_weight: float = 1.0  # of it; more makes features more alike within an image
     mim_weight: float = 1.0  # of masked image modelling; 0: plain DINO, MoCo v3 or SimCLR
     local_crops: int = 0  # small views for DINO, beside MIM as in app. E (8 there, 4.2x the cost)
@@ -1293,8 +1293,8 @@ def check(config):
     if config.contrast not in CONTRASTS:
         known = ", ".join(["none", *CONTRASTS])
         raise ValueError(f"--contrast={config.contrast}: known are {known}")
-    least = dict(local_crops=0, projector_dim=1, prototypes=1, mim_weight=0, contrast_weight=0)
-    for name, least in least.items():
+    bounds = dict(local_crops=0, projector_dim=1, prototypes=1, mim_weight=0, contrast_weight=0)
+    for name, least in bounds.items():
         if getattr(config, name) < least:
             raise ValueError(f"--{name}={getattr(config, name)}: give {least} or more")
     if not 0 <= config.teacher_momentum <= 1:
@@ -1515,8 +1515,8 @@ time        {days:,.2f} days on {processes} processes""")
 FIRST = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
 # Fields that these do not read: at other values of them, what is there is still the right one
 UNREAD = "size variant drop_path mask mask_ratio min_block predict contrast contrast_on"
-UNREAD = f"{UNREAD} contrast_weight mim_weight local_crops projector_dim prototypes".split()
-UNREAD += ["teacher_momentum", "teacher_temperature"]
+UNREAD += " contrast_weight mim_weight local_crops projector_dim prototypes"
+UNREAD = f"{UNREAD} teacher_momentum teacher_temperature".split()
 
 
 def main(argv=None):
