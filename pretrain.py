@@ -126,7 +126,7 @@ class Config(RunConfig):
     kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
     components: int = 64  # of --task=pca; more are sharper, but the last ones are noise to predict
     contrast: str = "none"  # a second loss: dino, moco or simclr (README, "Beyond the paper")
-    contrast_on: Literal["cls", "mean"] = "cls"  # what it looks at: [CLS], or the mean patch, as probes do
+    contrast_on: Literal["cls", "mean"] = "cls"  # where it looks: [CLS], or as probes do
     contrast_weight: float = 1.0  # of it; more makes features more alike within an image
     mim_weight: float = 1.0  # of masked image modelling; 0: plain DINO, MoCo v3 or SimCLR
     local_crops: int = 0  # small views for DINO, beside MIM as in app. E (8 there, 4.2x the cost)
