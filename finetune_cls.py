@@ -1,160 +1,392 @@
 """Fine-tune BEiT on image classification (arXiv 2106.08254, sections 2.6 and 3.1), and probe it.
 
 No arguments is the recipe of table 13: ViT-B from out/run/checkpoint.pt, 100 epochs of ImageNet-1k
-at 224 px, batch 1024. The paper reports 83.2% top-1 for it, 81.8% for DeiT-B from scratch; neither
-has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/. On 8 GPUs:
+at 224 px, batch 1024. The paper reports 83.2% top-1 for it, and 81.8% for DeiT-B from scratch;
+neither has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/. On 8 GPUs:
     torchrun --nproc_per_node=8 finetune_cls.py --data=/path/to/imagenet --out=out/imagenet
 In minutes on two CPU cores, after `python pretrain.py --preset=shapes --steps=1200`:
     python finetune_cls.py --preset=shapes
-What frozen features are worth (appendix D), a linear classifier a layer, or nearest neighbours:
-    python finetune_cls.py --task=probe --data=/path/to/imagenet --out=out/imagenet_probe
+What frozen features are worth (appendix D), and what the last block looks at (section 3.4):
+    python finetune_cls.py --preset=probe --data=/path/to/imagenet
     python finetune_cls.py --task=knn --data=/path/to/imagenet --labels_per_class=50
+    python finetune_cls.py --task=attention --weights=out/shapes/checkpoint.pt --data=picture.jpg
 Evaluate, or draw the accuracy of several runs against their epochs:
     python finetune_cls.py --task=eval --weights=out/imagenet/checkpoint.pt --data=/path/to/imagenet
     python finetune_cls.py --task=curves out/imagenet out/scratch --out=out/curves
 `--help` lists every option. Run a command again after it was killed, and it goes on where it was.
 
-Read this file from the bottom: main, train, then the objective and the images. The command line,
-the schedule, checkpoints and logs are pretrain.py's; the loop is written out here.
+Read from the top: options, the objective, the loop, evaluation, main; that is all of fine-tuning.
+Images, mixing, and what looks at a trained network follow. The plumbing is pretrain.py's.
 """
 
 import functools
 import math
 import os
-import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from model import Classifier, LinearProbes, ViT, load_weights, write_atomically
+from masking import (
+    DATASETS, NORMS, BadInput, Images, batch_of_step, batches_of_all, derive_seed, folder_images,
+    local_shard, make_loader, micro_batches, normalise, open_images, rank, read_image, world_size,
+)
+from model import Classifier, LinearProbes, ViT, load_weights, read_weights, write_atomically
 from pretrain import (
-    NORMS, OUTLINES, Images, Log, RunConfig, all_sum, array_images, batch_of_step, cosine,
-    folder_images, loader, log, micro_batches, open_cifar, open_shapes, parse_args, prepare, rank,
-    read_metrics, run, run_length, setup_device, shape_kinds, share, stream, vit_config,
-    world_size,
+    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, learning_rate, local_rank0_first, log,
+    no_progress_bar, parse_args, prepare, read_metrics, run, run_length, save_columns, setup_device,
+    vit_config,
 )
 
-# ---- the options; the comment behind a field is its text in --help -------------------------------
+# ---- options -------------------------------------------------------------------------------------
+# The comment behind a field is its text in --help: why this value, or what goes wrong with another.
 
 
 @dataclass
 class Config(RunConfig):
-    data: str = "imagenet"  # folder with train/CLASS/ and val/CLASS/; or shapes, cifar10, cifar100
-    out: str = "out/imagenet"  # one folder a run: checkpoint.pt, metrics.jsonl, config.json
+    data: str = "imagenet"  # folder with train/CLASS/ and val/CLASS/, or the name of a data set
+    out: str = "out/imagenet"  # one folder per run: checkpoint.pt, metrics.jsonl, config.json
     weights: str = "out/run/checkpoint.pt"  # what to start from (README); none: from scratch
-    epochs: float = 100  # passes over the data; from scratch a ViT wants three times as many
-    batch_size: int = 1024  # images a step over ALL processes; for half of it halve the lr
+    epochs: float = 100  # passes over the data; from scratch a ViT needs three times as many
+    batch_size: int = 1024  # images per step over ALL processes; for half of it halve the lr
     lr: float = 4e-3  # peak for the head, less below it (layer_decay); the paper tries 2e-3 to 5e-3
-    min_lr: float = 1e-6  # where the cosine ends
-    warmup_epochs: float = 20  # linear warm-up; the new head would else upset the backbone
+    min_lr: float = 1e-6  # where the schedule ends
+    warmup_epochs: float = 20  # linear warm-up; without it the new head would upset the backbone
     clip_grad: float = 0.0  # largest gradient norm, 0 for none, as in table 13
-    eval_every: int = 1251  # steps between evaluations, here an epoch of ImageNet; 0 for the end
-    repeats: int = 3  # views of an image in one batch: repeated augmentation (arXiv 1902.05509)
-    task: Literal["train", "eval", "probe", "knn", "curves"] = "train"  # see the top of the file
-    layer_decay: float = 0.65  # a layer's lr over that above it; 1 lets fine-tuning forget more
+    eval_every: int = 1251  # steps between evaluations, here an epoch of ImageNet; 0: at the end
+    task: str = "train"  # see the top of the file
+    layer_decay: float = 0.65  # ratio of a layer's lr to that of the layer above; 1: no decay
     mixup: float = 0.8  # alpha of mixup (arXiv 1710.09412), 0 for none; for long runs only
     cutmix: float = 1.0  # alpha of cutmix (arXiv 1905.04899), 0 for none; each has half the batches
-    smoothing: float = 0.1  # label smoothing; for noisy labels and against overconfidence
-    randaug: float = 9.0  # RandAugment's magnitude of 10, 0 for none; less for tiny images
+    smoothing: float = 0.1  # label smoothing; against overconfidence and for noisy labels
+    randaug: float = 9.0  # RandAugment's magnitude out of 10, 0 for none; less for tiny images
     randaug_noise: float = 0.5  # standard deviation of that magnitude from operation to operation
     erasing: float = 0.25  # probability that a rectangle of the image becomes noise
+    repeats: int = 3  # views of an image per batch: repeated augmentation (arXiv 1902.05509)
     crop_min: float = 0.08  # least area of a crop; raise it where images are tiny
     eval_crop: float = 0.875  # share of the side that evaluation sees; 1 at 384 px or tiny images
-    labels_per_class: int = 0  # train on only so many images of each class, drawn by the seed
+    labels_per_class: int = 0  # train on this many images per class, drawn by the seed; 0: all
+    sam_rho: float = 0.0  # radius of sharpness-aware minimisation, such as 0.05; doubles the time
     probe_layer: int = 0  # layer that --task=probe and knn look at, from 1; 0: each of them
-    neighbours: int = 20  # of --task=knn; more smooth over rare classes
-    sam_rho: float = 0.0  # radius of sharpness-aware minimisation, 0.05 say; doubles the time
+    neighbours: int = 20  # of --task=knn; more of them smooth over rare classes
+    query: str = ""  # row,column of the patch that --task=attention looks from; empty: the middle
     runs: tuple = ()  # the folders that --task=curves draws
 
 
-# What --task=probe (appendix D) and --size=large (table 13) change
-PLAIN = dict(mixup=0.0, cutmix=0.0, smoothing=0.0, randaug=0.0, erasing=0.0, repeats=1)
-PROBE = dict(PLAIN, epochs=50, lr=4e-3, weight_decay=1e-4, warmup_epochs=0, drop_path=0.0)
-SIZES = {"size=large": dict(epochs=50, warmup_epochs=5, layer_decay=0.75, repeats=1)}
-TINY = dict(size="nano", batch_size=64, lr=2e-3, layer_decay=0.75, eval_crop=1.0, num_workers=2)
-TINY |= dict(PLAIN, smoothing=0.1, log_every=25, save_every=500)
-PRESETS = {
-    "imagenet": {**SIZES, "task=probe": dict(PROBE, out="out/imagenet_probe")},
-    "imagenet384": dict(
-        image_size=384, epochs=10, warmup_epochs=1, lr=4e-4, eval_crop=1.0, micro_batch=32,
-        weights="out/imagenet/checkpoint.pt", out="out/imagenet384",
-        **{"size=large": dict(layer_decay=0.75, repeats=1)},
-    ),
-    "cifar100": {
-        **dict(data="cifar100", out="out/cifar100_cls", epochs=150, batch_size=512),
-        **dict(weight_decay=0.3, erasing=0.0, eval_crop=1.0, eval_every=97),
-        "task=probe": dict(PROBE, out="out/cifar100_probe", batch_size=1024),
-    },
-    "cifar10": {
-        **dict(TINY, data="cifar10", weights="out/cifar10/checkpoint.pt", out="out/cifar10_cls"),
-        **dict(image_size=32, patch_size=4, epochs=30, warmup_epochs=2, crop_min=0.4),
-        **dict(eval_every=781),
-        "task=probe": dict(PROBE, out="out/cifar10_probe", batch_size=256, epochs=10),
-    },
-    "shapes": {
-        **dict(TINY, data="shapes", weights="out/shapes/checkpoint.pt", out="out/shapes_cls"),
-        **dict(image_size=64, patch_size=8, labels_per_class=100, epochs=25, warmup_epochs=5),
-        **dict(crop_min=0.5, eval_every=100),
-        "task=probe": dict(PROBE, out="out/shapes_probe", batch_size=256, epochs=10)
-        | dict(labels_per_class=0),
-    },
+# What differs from the recipe
+LARGE = {"size": "large", "layer_decay": 0.75, "repeats": 1}
+IMAGENET384 = {
+    "image_size": 384,
+    "weights": "out/imagenet/checkpoint.pt",
+    "out": "out/imagenet384",
+    "epochs": 10,
+    "lr": 4e-4,
+    "warmup_epochs": 1,
+    "eval_crop": 1.0,
+    "micro_batch": 32,
 }
+CIFAR100 = {
+    "data": "cifar100",
+    "out": "out/cifar100_cls",
+    "epochs": 150,
+    "batch_size": 512,
+    "weight_decay": 0.3,
+    "erasing": 0.0,
+    "eval_crop": 1.0,
+    "eval_every": 97,
+}
+PLAIN = {
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "smoothing": 0.0,
+    "randaug": 0.0,
+    "erasing": 0.0,
+    "repeats": 1,
+}
+PROBE = {
+    **PLAIN,
+    "task": "probe",
+    "epochs": 50,
+    "lr": 4e-3,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 0,
+    "drop_path": 0.0,
+}
+CIFAR10 = {
+    **PLAIN,
+    "data": "cifar10",
+    "weights": "out/cifar10/checkpoint.pt",
+    "out": "out/cifar10_cls",
+    "size": "nano",
+    "image_size": 32,
+    "patch_size": 4,
+    "epochs": 30,
+    "batch_size": 64,
+    "lr": 2e-3,
+    "layer_decay": 0.75,
+    "warmup_epochs": 2,
+    "smoothing": 0.1,
+    "crop_min": 0.4,
+    "eval_crop": 1.0,
+    "num_workers": 2,
+    "log_every": 25,
+    "eval_every": 781,
+    "save_every": 500,
+}
+SHAPES = {
+    **CIFAR10,
+    "data": "shapes",
+    "weights": "out/shapes/checkpoint.pt",
+    "out": "out/shapes_cls",
+    "image_size": 64,
+    "patch_size": 8,
+    "epochs": 25,
+    "warmup_epochs": 5,
+    "crop_min": 0.5,
+    "labels_per_class": 100,
+    "eval_every": 100,
+}
+TINY_PROBE = {**PROBE, "epochs": 10, "batch_size": 256}
+PRESETS = {
+    "imagenet": {},
+    "large": {**LARGE, "out": "out/large", "epochs": 50, "warmup_epochs": 5},
+    "imagenet384": IMAGENET384,
+    "large384": {
+        **IMAGENET384,
+        **LARGE,
+        "weights": "out/large/checkpoint.pt",
+        "out": "out/large384",
+    },
+    "probe": {**PROBE, "out": "out/imagenet_probe"},
+    "cifar100": CIFAR100,
+    "cifar100_probe": {**CIFAR100, **PROBE, "out": "out/cifar100_probe", "batch_size": 1024},
+    "cifar10": CIFAR10,
+    "cifar10_probe": {**CIFAR10, **TINY_PROBE, "out": "out/cifar10_probe"},
+    "shapes": SHAPES,
+    "shapes_probe": {**SHAPES, **TINY_PROBE, "out": "out/shapes_probe", "labels_per_class": 0},
+}
+
+# ---- the objective -------------------------------------------------------------------------------
+
+
+class Classification(nn.Module):
+    """Cross entropy with label smoothing, a mean over the images of the global batch."""
+
+    def __init__(self, config, num_classes):
+        super().__init__()
+        self.smoothing = config.smoothing
+        self.model = self.make_model(config, num_classes)
+        if config.weights != "none":
+            log(load_weights(self.model, config.weights, head=config.task == "eval"))
+
+    def make_model(self, config, num_classes):
+        return Classifier(vit_config(config, shared=False), num_classes)
+
+    def denominators(self, batch):
+        return [len(batch["images"])]
+
+    def forward(self, batch, denominators):
+        """This batch's share of the mean; `labels` are (B,) int64, or (B, classes) when mixed."""
+        logits = self.model(batch["images"]).float()  # (B, classes)
+        loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.smoothing)
+        return loss * (len(logits) / denominators[0])
+
+    def eval_sums(self, batch):
+        """Sums over a batch: the loss, and how many labels are first or among the first five."""
+        return self.score(self.model(batch["images"]).float(), batch["labels"])
+
+    def score(self, logits, labels):
+        top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return {"loss": loss, "top1": top5[:, 0].sum(), "top5": top5.sum()}
+
+    def finish(self, sums, denominators):
+        return {name: value / denominators[0] for name, value in sums.items()}
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+def train(config, objective_class=Classification):
+    """One run, from its checkpoint if there is one. Returns whether it is done."""
+    check(config)
+    device, dtype = setup_device(config)
+    train_images, val_images = local_rank0_first(open_labelled, config)
+    steps, steps_per_epoch, warmup = run_length(config, len(train_images))
+
+    torch.manual_seed(config.seed)
+    num_classes = len(train_images.classes)
+    objective = objective_class(config, num_classes).to(device)
+    dataset = LabelledViews(train_images, config, train=True)
+    val_dataset = LabelledViews(val_images, config, train=False)
+    model, optimizer, scaler, save, start = prepare(objective, config, device, dtype,
+                                                    config.layer_decay)
+    log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
+        f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out, "
+        f"{num_classes} classes")
+    if start == steps:
+        return True
+
+    batches = (local_shard(batch_of_step(step, len(dataset), config.batch_size, config.seed,
+                                         config.repeats))
+               for step in range(start, steps))
+    loader = make_loader(dataset, batches, config.num_workers, device)
+    logger = Logger(config, train_images, start, steps, steps_per_epoch)
+
+    for step, batch in enumerate(loader, start):
+        # What every process has to know before it starts, in one exchange between the CPUs: what
+        # the means are over in the global batch, and whether a process was asked to stop.
+        *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
+        if stop:
+            break
+        lr = learning_rate(config, step, steps, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        seed = derive_seed(config.seed, step, rank())
+        mixed = mix(to_device(batch, device), config, num_classes, seed)
+        torch.manual_seed(seed)  # for stochastic depth
+        metrics = {}
+        micros = micro_batches(mixed, config.micro_batch)
+        for number, micro in enumerate(micros, 1):
+            model.require_backward_grad_sync = number == len(micros)  # DDP's switch
+            with autocast(device, dtype):
+                loss = model(micro, denominators)
+            # each loss is its share of the global mean, to be added up; DDP averages gradients over
+            # the processes, so this undoes its division
+            scaler.scale(loss * world_size()).backward()
+            metrics["loss"] = metrics.get("loss", 0) + loss.detach()
+        if config.sam_rho:
+            sam_gradients(model, micros, denominators, scaler, config, dtype, seed)
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # the logger adds up the processes' shares; this norm is the same in all of them
+        metrics["grad_norm"] = grad_norm / world_size()
+        to_log, to_evaluate, to_save = logger.add(metrics, batch)  # no GPU waits until one is due
+        if not (to_log or to_evaluate or to_save):
+            continue
+        record = logger.read(lr)
+        if to_evaluate:
+            objective.eval()
+            record |= evaluate(objective, val_dataset, config, device, dtype)
+            objective.train()
+        logger.write(record)
+        if to_save:
+            save(logger.done)
+    return logger.close(save)
+
+
+@torch.no_grad()
+def evaluate(objective, dataset, config, device, dtype):
+    """Means over the held-out images, each counted once whatever the number of processes: val_*."""
+    sums = {}
+    keys = batches_of_all(len(dataset), config.micro_batch)
+    for batch in make_loader(dataset, keys, config.num_workers, device):
+        with autocast(device, dtype):
+            parts = objective.eval_sums(to_device(batch, device))
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0) + value.flatten().cpu().double()
+    sums = {name: np.array(all_reduce_sum(*value.tolist())) for name, value in sums.items()}
+    metrics = objective.finish(sums, [len(dataset)])
+    return {f"val_{name}": float(np.squeeze(value)) for name, value in metrics.items()}
+
+
+def evaluate_weights(config):
+    """--task=eval: the metrics of a fine-tuned network."""
+    check(config)
+    device, dtype = setup_device(config)
+    _, val_images = local_rank0_first(open_labelled, config)
+    objective = Classification(config, len(val_images.classes)).to(device).eval()
+    dataset = LabelledViews(val_images, config, train=False)
+    metrics = evaluate(objective, dataset, config, device, dtype)
+    log(f"{len(dataset):,} images", *(f"{k} {v:.6g}" for k, v in metrics.items()))
+    return metrics
+
+
+def check(config):
+    """Raise BadInput for values that would fail late or mean nothing."""
+    depth = vit_config(config, shared=False).depth  # says so if there is no such network
+    if config.weights == "none" and config.task != "train":
+        raise BadInput(f"--task={config.task}: give --weights=FILE, what it is to look at")
+    bounds = {"micro_batch": 1, "repeats": 1, "neighbours": 1, "mixup": 0, "cutmix": 0}
+    for name, least in bounds.items():
+        if getattr(config, name) < least:
+            raise BadInput(f"--{name}={getattr(config, name)}: give {least} or more")
+    for name in ("eval_crop", "crop_min"):
+        if not 0 < getattr(config, name) <= 1:
+            raise BadInput(f"--{name}={getattr(config, name)}: give a share, above 0, at most 1")
+    for name in ("smoothing", "erasing"):
+        if not 0 <= getattr(config, name) < 1:
+            raise BadInput(f"--{name}={getattr(config, name)}: give 0 or more, below 1")
+    if not 0 <= config.probe_layer <= depth:
+        raise BadInput(f"--probe_layer={config.probe_layer}: give 1 to {depth}, or 0 for all")
+
+
+def main(argv=None):
+    config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
+    if config.runs and config.task != "curves":
+        raise BadInput(f"{config.runs[0]}: what is this for? An option is --NAME=VALUE")
+    return TASKS[config.task](config)
+
+
+# ==== A first reading can stop here: above is all of fine-tuning ==================================
 
 # ---- labelled images -----------------------------------------------------------------------------
 
 
 def open_labelled(config):
-    """(training images, their labels, held-out images, their labels, names of the classes)."""
-    cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-    if config.data == "shapes":
-        parts = [open_shapes(config.image_size, train) for train in (True, False)]
-        labels = [[shape_kinds(np.random.default_rng([seed, i]))[-1] for i in range(len(part))]
-                  for seed, part in zip((1, 0), parts)]
-        classes = list(OUTLINES)
-    elif config.data in cifar:
-        sets = [open_cifar(cifar[config.data], train) for train in (True, False)]
-        parts = [array_images(s.data, config.data) for s in sets]
-        labels, classes = [s.targets for s in sets], sets[0].classes
+    """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder."""
+    kind, _, argument = config.data.partition(":")
+    if kind in DATASETS:
+        train_images = DATASETS[kind](True, config.image_size, argument)
+        val_images = DATASETS[kind](False, config.image_size, argument)
     else:
-        opened = [open_classes(config.data, part) for part in ("train", "val")]
-        parts, labels, (classes, others) = zip(*opened)
-        if classes != others:
-            odd = sorted(set(classes) ^ set(others))
-            raise ValueError(f"--data={config.data}: {len(classes)} classes in train/, "
-                             f"{len(others)} in val/; {odd[0]} is in one only")
-    (train, val), (train_labels, val_labels) = parts, map(np.asarray, labels)
-    if len(val) < world_size():
-        raise ValueError(f"--data={config.data}: {len(val)} held-out images are too few")
+        train_images = open_classes(config.data, "train")
+        val_images = open_classes(config.data, "val")
+    classes = train_images.classes
+    others = val_images.classes
+    if not classes or not train_images.read_label:
+        raise BadInput(f"--data={config.data}: has no labels")
+    if classes != others:
+        odd = sorted(set(classes) ^ set(others))
+        raise BadInput(f"--data={config.data}: {len(classes)} classes in train/, {len(others)} in "
+                       f"val/; {odd[0]} is in one only")
+    if len(val_images) < world_size():
+        raise BadInput(f"--data={config.data}: {len(val_images)} held-out images are too few")
     if config.labels_per_class:
-        kept = few_of_each(train_labels, config.labels_per_class, config.seed)
-        train = Images([train.keys[i] for i in kept], train.read, train.source)
-        train_labels = train_labels[kept]
-    return train, train_labels, val, val_labels, classes
+        labels = np.array([train_images.read_label(key) for key in train_images.keys])
+        kept = few_of_each(labels, config.labels_per_class, config.seed)
+        train_images = train_images.subset(kept)
+    return train_images, val_images
 
 
 def open_classes(folder, part):
-    """(images, labels, classes) of folder/part/CLASS/, in the order of the classes' names."""
+    """The images of folder/part/CLASS/; classes are numbered in the order of their names."""
     where = os.path.join(folder, part)
     if not os.path.isdir(where):
-        raise ValueError(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/")
+        raise BadInput(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/, or is "
+                       f"one of {', '.join(DATASETS)}")
     images = folder_images(where)
-    names = [os.path.relpath(path, where).split(os.sep) for path in images.keys]
-    loose = [path for path, name in zip(images.keys, names) if len(name) == 1]
-    if loose or not names:
-        found = f"{loose[0]} is in no class" if loose else "there are no images"
-        raise ValueError(f"{where}: {found}; it should hold a folder of images for each class")
-    classes = sorted({name[0] for name in names})
+    names = {}
+    for path in images.keys:
+        names[path], _, rest = os.path.relpath(path, where).partition(os.sep)
+        if not rest:
+            raise BadInput(f"{path}: is in no class; {where} should hold a folder per class")
+    if not names:
+        raise BadInput(f"{where}: there are no images; it should hold a folder per class")
+    classes = sorted(set(names.values()))
     numbers = {name: number for number, name in enumerate(classes)}
-    return images, [numbers[name[0]] for name in names], classes
+    labels = {path: numbers[name] for path, name in names.items()}
+    return replace(images, classes=classes, read_label=labels.__getitem__)
 
 
 def few_of_each(labels, count, seed):
@@ -164,31 +396,33 @@ def few_of_each(labels, count, seed):
     return np.sort(np.concatenate(kept)).tolist()
 
 
-class LabelledViews(Dataset):
-    """dataset[epoch, index] is a dict of `images` (3, H, W), normalised float32, of `labels`, the
-    class's number, and of `skipped`, whether it is the next one because the image is unreadable.
-    All of it is a function of (seed, epoch, index)."""
+BICUBIC = v2.InterpolationMode.BICUBIC
 
-    def __init__(self, images, labels, config, train):
-        for name in ("eval_crop", "crop_min"):
-            if not 0 < getattr(config, name) <= 1:
-                raise ValueError(f"--{name}={getattr(config, name)}: give a share, above 0 up to 1")
-        self.images, self.labels, self.config = images, labels, config
-        size, bicubic = config.image_size, v2.InterpolationMode.BICUBIC
-        whole = round(size / config.eval_crop)
-        views = [v2.Resize(whole, bicubic), v2.CenterCrop(size)]
-        if config.eval_crop == 1:
-            views = [v2.Resize((size, size), bicubic)]
+
+class LabelledViews(Dataset):
+    """dataset[epoch, index] is a dict, all of it a function of (seed, epoch, index):
+    images   (3, H, W), normalised float32
+    labels   the number of its class
+    skipped  whether it shows the next image because this one is unreadable
+    """
+
+    def __init__(self, images, config, train):
+        self.images = images
+        self.config = config
+        size = config.image_size
+        to_float = v2.ToDtype(torch.float32, scale=True)
+        steps = [v2.ToImage(), to_float, v2.Normalize(*NORMS[config.norm])]
         if train:
-            crop = v2.RandomResizedCrop(size, (config.crop_min, 1.0), interpolation=bicubic)
-            views = [crop, v2.RandomHorizontalFlip()]
-            augment = functools.partial(rand_augment, config.randaug, config.randaug_noise)
-            views += [augment] if config.randaug else []
-        views += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        views += [v2.Normalize(*NORMS[config.norm])]
-        if train and config.erasing:
-            views += [v2.RandomErasing(config.erasing, (0.02, 1 / 3), value="random")]
-        self.view = v2.Compose(views)
+            crop = v2.RandomResizedCrop(size, (config.crop_min, 1.0), interpolation=BICUBIC)
+            first = [crop, v2.RandomHorizontalFlip()]
+            if config.randaug:
+                first += [functools.partial(rand_augment, config.randaug, config.randaug_noise)]
+            steps = first + steps
+            if config.erasing:
+                steps += [v2.RandomErasing(config.erasing, (0.02, 1 / 3), value="random")]
+        else:
+            steps = [centre_crop(size, config.eval_crop), *steps]
+        self.transform = v2.Compose(steps)
 
     def __len__(self):
         return len(self.images)
@@ -196,78 +430,71 @@ class LabelledViews(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, found = self.images.load(index, self.config.skip_bad_images)
-        torch.default_generator.manual_seed(stream(self.config.seed, epoch, index))
-        label = int(self.labels[found])
-        return {"images": self.view(image), "labels": label, "skipped": found != index}
+        label = self.images.read_label(self.images.keys[found])
+        torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
+        return {"images": self.transform(image), "labels": label, "skipped": found != index}
+
+
+def centre_crop(size, share):
+    """The middle of an image, which is `share` of its shorter side; with 1, the whole image."""
+    if share == 1:
+        return v2.Resize((size, size), BICUBIC)
+    return v2.Compose([v2.Resize(round(size / share), BICUBIC), v2.CenterCrop(size)])
 
 
 def rand_augment(magnitude, noise, image):
     """RandAugment as table 13's runs had it (timm's rand-m9-mstd0.5): two operations, each left out
     half of the time, of a magnitude around 9 of 10. torchvision counts 31 steps, from 0 to 30."""
-    bicubic, grey = v2.InterpolationMode.BICUBIC, [124, 116, 104]  # ImageNet's mean
+    grey = [124, 116, 104]  # ImageNet's mean
     for _ in range(2):
         step = int((3 * torch.normal(magnitude, noise, ())).round().clamp(0, 30))
         if torch.rand(()) < 0.5:
-            image = v2.RandAugment(1, step, interpolation=bicubic, fill=grey)(image)
+            image = v2.RandAugment(1, step, interpolation=BICUBIC, fill=grey)(image)
     return image
 
 
-def mix(images, labels, config, classes):
-    """Mixup or cutmix of each image with the one before it: (images, soft labels (B, classes))."""
-    kinds = [(v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)]
-    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-    return v2.RandomChoice(kinds)(images, labels) if kinds else (images, labels)
+def to_device(batch, device):
+    return {name: batch[name].to(device, non_blocking=True) for name in ("images", "labels")}
 
 
-# ---- the objective -------------------------------------------------------------------------------
+def mix(batch, config, num_classes, seed):
+    """Mixup or cutmix of each image with the one before it, drawn by the seed; labels become soft,
+    (B, classes)."""
+    kinds = []
+    if config.mixup:
+        kinds.append(v2.MixUp(alpha=config.mixup, num_classes=num_classes))
+    if config.cutmix:
+        kinds.append(v2.CutMix(alpha=config.cutmix, num_classes=num_classes))
+    if not kinds:
+        return batch
+    torch.manual_seed(seed)
+    images, labels = v2.RandomChoice(kinds)(batch["images"], batch["labels"])
+    return {"images": images, "labels": labels}
 
 
-def build_model(config, classes):
-    """The network of --task, with the weights of --weights; `classes` is their number."""
-    arch = vit_config(config, shared=False)
-    if not 0 <= config.probe_layer <= arch.depth:
-        raise ValueError(f"--probe_layer={config.probe_layer}: give 1 to {arch.depth}, or 0")
-    if config.weights == "none" and config.task != "train":
-        raise ValueError(f"--task={config.task}: give --weights=FILE, what it is to look at")
-    if config.task == "probe":
-        model = LinearProbes(arch, classes, probed(config, arch))
-    else:
-        model = ViT(arch) if config.task == "knn" else Classifier(arch, classes)
-    if config.weights != "none":
-        log(load_weights(model, config.weights, head=config.task == "eval"))
-    return model
+# ---- sharpness-aware minimisation ----------------------------------------------------------------
 
 
-def probed(config, arch):
-    return [config.probe_layer] if config.probe_layer else list(range(1, arch.depth + 1))
-
-
-class Classification(nn.Module):
-    """Cross entropy with label smoothing, of the classifier or of the mean over all probes."""
-
-    def __init__(self, config, classes):
-        super().__init__()
-        if not 0 <= config.smoothing < 1:
-            raise ValueError(f"--smoothing={config.smoothing}: give 0 or more, below 1")
-        self.model, self.smoothing = build_model(config, classes), config.smoothing
-
-    def logits(self, images):
-        """(outputs, B, classes): one output of a classifier, one for each probe."""
-        logits = self.model(images).float()
-        return logits if logits.dim() == 3 else logits[None]
-
-    def forward(self, batch):
-        """The loss of `images` (B, 3, H, W) and `labels`, (B,) int64 or (B, classes) soft."""
-        losses = [F.cross_entropy(logits, batch["labels"], label_smoothing=self.smoothing)
-                  for logits in self.logits(batch["images"])]
-        return torch.stack(losses).mean()
+def sam_gradients(model, micros, denominators, scaler, config, dtype, seed):
+    """Replace the gradients by those at the worst place near the weights (arXiv 2010.01412)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = sam_perturb(trained, config.sam_rho)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)  # for the same stochastic depth
+    for number, micro in enumerate(micros, 1):
+        model.require_backward_grad_sync = number == len(micros)
+        with autocast(micro["images"].device, dtype):
+            loss = model(micro, denominators)
+        scaler.scale(loss * world_size()).backward()
+    with torch.no_grad():
+        for parameter, value in zip(trained, before, strict=True):
+            parameter.copy_(value)
 
 
 @torch.no_grad()
-def ascend(parameters, rho):
-    """Sharpness-aware minimisation's first half (arXiv 2010.01412, eq. 2): move the weights w to
-    w + rho * g / |g|, the worst place around them, and return them as they were. A gradient that
-    float16 made infinite moves nothing."""
+def sam_perturb(parameters, rho):
+    """Move the weights w to w + rho * g / |g|, the worst place around them (eq. 2), and return them
+    as they were. A gradient that float16 made infinite moves nothing."""
     before = [parameter.clone() for parameter in parameters]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     scale = torch.where(norm.isfinite(), rho / (norm + 1e-12), 0.0)
@@ -276,41 +503,101 @@ def ascend(parameters, rho):
     return before
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
+# ---- frozen features: probes and nearest neighbours ----------------------------------------------
+
+
+class LinearProbing(Classification):
+    """A linear classifier per layer of a frozen network (appendix D): the mean of their losses. Of
+    the metrics the best layer's count; each layer's accuracy is `top1_layer_N`."""
+
+    def make_model(self, config, num_classes):
+        arch = vit_config(config, shared=False)
+        return LinearProbes(arch, num_classes, probed_layers(config, arch))
+
+    def forward(self, batch, denominators):
+        outputs = self.model(batch["images"]).float()  # (layers, B, classes)
+        losses = [F.cross_entropy(logits, batch["labels"]) for logits in outputs]
+        return torch.stack(losses).mean() * (outputs.shape[1] / denominators[0])
+
+    def eval_sums(self, batch):
+        outputs = self.model(batch["images"]).float()
+        scores = [self.score(logits, batch["labels"]) for logits in outputs]
+        return {name: torch.stack([score[name] for score in scores]) for name in scores[0]}
+
+    def finish(self, sums, denominators):
+        means = super().finish(sums, denominators)
+        best = means["top1"].argmax()
+        metrics = {name: value[best] for name, value in means.items()}
+        for layer, value in zip(self.model.probed, means["top1"], strict=True):
+            metrics[f"top1_layer_{layer}"] = value
+        return metrics
+
+
+def probed_layers(config, arch):
+    return [config.probe_layer] if config.probe_layer else list(range(1, arch.depth + 1))
+
+
+def probe(config):
+    """--task=probe: train the classifiers, and print the accuracy of each."""
+    check(config)
+    for name, plain in PLAIN.items():
+        if getattr(config, name) != plain:
+            raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
+                           "crops and flips only (appendix D); give --preset=probe, or DATA_probe")
+    done = train(config, LinearProbing)
+    if done and rank() == 0:
+        print_table(read_metrics(os.path.join(config.out, "metrics.jsonl"))[-1])
+    return done
+
+
+def print_table(metrics):
+    """The accuracy of each layer's features."""
+    log("layer  top-1")
+    for name, value in metrics.items():
+        if name.startswith("val_top1_layer_"):
+            log(f"{name.removeprefix('val_top1_layer_'):>5}  {100 * value:5.2f}%")
 
 
 @torch.no_grad()
-def evaluate(objective, dataset, config, device, dtype):
-    """Loss, top-1 and top-5 accuracy over all held-out images, each counted once whatever the
-    number of processes. Of several probes the best counts; each layer's is `val_top1_layer_N`."""
-    objective.eval()
-    keys = share([(0, index) for index in range(len(dataset))])
-    batches = [keys[i : i + config.micro_batch] for i in range(0, len(keys), config.micro_batch)]
-    sums = 0
-    for batch in loader(dataset, batches, config.num_workers, device):
-        labels = batch["labels"].to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = objective.logits(batch["images"].to(device))  # (outputs, B, classes)
-        hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]  # (outputs, B, 5)
-        losses = [F.cross_entropy(output, labels, reduction="sum") for output in logits]
-        counts = [torch.stack(losses), hits[..., 0].sum(dim=1), hits.sum(dim=(1, 2))]
-        sums = sums + torch.stack([count.float() for count in counts]).cpu().double()
-    objective.train()
-    loss, top1, top5 = np.array(all_sum(*sums.flatten().tolist())).reshape(3, -1) / len(dataset)
-    best = int(top1.argmax())
-    line = {"val_loss": loss[best], "val_top1": top1[best], "val_top5": top5[best]}
-    if config.task == "probe":
-        layers = probed(config, objective.model.config)
-        line |= {f"val_top1_layer_{number}": value for number, value in zip(layers, top1)}
-    return {name: float(value) for name, value in line.items()}
+def knn(config):
+    """--task=knn: accuracy of the vote of the nearest training images, by their mean patch
+    features: no training, so that one can watch a pre-training improve."""
+    check(config)
+    if world_size() > 1:
+        raise BadInput("--task=knn runs in one process: start it without torchrun")
+    device, dtype = setup_device(config)
+    train_images, val_images = open_labelled(config)
+    model = ViT(vit_config(config, shared=False))
+    log(load_weights(model, config.weights))
+    model.to(device).eval()
+    bank, labels = layer_features(model, train_images, config, device, dtype)
+    queries, truth = layer_features(model, val_images, config, device, dtype)
+    count = min(config.neighbours, len(labels))
+    metrics = {}
+    for layer, keys, rows in zip(probed_layers(config, model.config), bank, queries, strict=True):
+        keys = keys.to(device).float()
+        found = [vote(part.to(device).float(), keys, labels.to(device), count).cpu()
+                 for part in rows.split(256)]
+        metrics[f"val_top1_layer_{layer}"] = (torch.cat(found) == truth).float().mean().item()
+    log(f"{count} nearest of {len(labels):,} training images, {len(truth):,} held out")
+    print_table(metrics)
+    return metrics
 
 
-def print_table(line):
-    """A probe's accuracy a layer."""
-    log("layer  top-1")
-    for name, value in line.items():
-        if name.startswith("val_top1_layer_"):
-            log(f"{name.removeprefix('val_top1_layer_'):>5}  {100 * value:5.2f}%")
+def layer_features(model, images, config, device, dtype):
+    """(features (layers, images, D), float16 of length 1; labels (images,)) of all images."""
+    dataset = LabelledViews(images, config, train=False)
+    keys = batches_of_all(len(dataset), config.micro_batch)
+    loader = make_loader(dataset, keys, config.num_workers, device)
+    rows = [layer - 1 for layer in probed_layers(config, model.config)]
+    features = []
+    labels = []
+    for batch in tqdm(loader, "features", disable=no_progress_bar()):
+        with autocast(device, dtype):
+            means = model.mean_features(batch["images"].to(device))  # (depth, B, D)
+        features.append(F.normalize(means[rows].float(), dim=2).half().cpu())
+        labels.append(batch["labels"])
+    return torch.cat(features, dim=1), torch.cat(labels)
 
 
 def vote(queries, keys, labels, count):
@@ -321,161 +608,90 @@ def vote(queries, keys, labels, count):
     return votes.scatter_add_(1, labels[index], (close / 0.07).exp()).argmax(dim=1)
 
 
-@torch.no_grad()
-def knn(config):
-    """Accuracy of the vote of the nearest training images, by their mean patch features: no
-    training, so that one can watch a pre-training improve."""
-    if world_size() > 1:
-        raise ValueError("--task=knn runs in one process: start it without torchrun")
-    device, dtype = setup_device(config)
-    train, train_labels, val, val_labels, classes = open_labelled(config)
-    model = build_model(config, len(classes)).to(device).eval()
-
-    def features(images, labels):
-        """(layers, images, D), float16 of length 1."""
-        dataset = LabelledViews(images, labels, config, train=False)
-        keys = [(0, index) for index in range(len(dataset))]
-        steps = range(0, len(keys), config.micro_batch)
-        batches = [keys[i : i + config.micro_batch] for i in steps]
-        out = []
-        batches = loader(dataset, batches, config.num_workers, device)
-        for batch in tqdm(batches, total=len(steps), disable=not sys.stderr.isatty()):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                means = model.mean_features(batch["images"].to(device))  # (depth, B, D)
-            kept = means[[layer - 1 for layer in probed(config, model.config)]]
-            out.append(F.normalize(kept.float(), dim=2).half().cpu())
-        return torch.cat(out, dim=1)
-
-    bank, queries = features(train, train_labels), features(val, val_labels)
-    labels, truth = torch.tensor(train_labels, device=device), torch.tensor(val_labels)
-    line, count = {}, min(config.neighbours, len(labels))
-    for layer, keys, rows in zip(probed(config, model.config), bank, queries):
-        keys = keys.to(device).float()
-        found = [vote(part.to(device).float(), keys, labels, count) for part in rows.split(256)]
-        right = (torch.cat(found).cpu() == truth).float().mean()
-        line[f"val_top1_layer_{layer}"] = right.item()
-    log(f"{count} nearest of {len(labels):,} training images, {len(truth):,} held out")
-    print_table(line)
-    return line
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def curves(config):
-    """OUT/curves.png: held-out accuracy against the epoch, a line for each run."""
+    """OUT/curves.png: held-out accuracy against the epoch, a line per run."""
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--task=curves: first pip install matplotlib") from None
+        raise BadInput("--task=curves: first pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     if not config.runs:
-        raise ValueError("--task=curves: name the folders of the runs behind it")
+        raise BadInput("--task=curves: name the folders of the runs behind it")
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for folder in config.runs:
-        lines = read_metrics(os.path.join(folder, "metrics.jsonl"))
-        lines = [line for line in lines if "val_top1" in line]
-        if not lines:
-            raise ValueError(f"{folder}: no metrics.jsonl with val_top1 in it; give a run's --out")
-        accuracy = [100 * line["val_top1"] for line in lines]
-        axes.plot([line["epoch"] for line in lines], accuracy, marker=".", label=folder)
+        try:
+            records = read_metrics(os.path.join(folder, "metrics.jsonl"))
+        except ValueError:  # no JSON
+            records = []
+        points = [(line["epoch"], 100 * line["val_top1"]) for line in records if "val_top1" in line]
+        if not points:
+            raise BadInput(f"{folder}: no metrics.jsonl with val_top1 in it; give a run's --out")
+        axes.plot(*zip(*points), marker=".", label=folder)
     axes.set(xlabel="epoch", ylabel="top-1 accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend()
     path = os.path.join(config.out, "curves.png")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(path, functools.partial(figure.savefig, format="png", dpi=150))
     log("wrote", path)
 
 
-# ---- training ------------------------------------------------------------------------------------
+@torch.no_grad()
+def attention(config):
+    """OUT/attention_NAME.png for a picture, or some of a folder or data set: what each head of the
+    last block looks at from one patch, framed in red (section 3.4)."""
+    if config.weights == "none":
+        raise BadInput("--task=attention: give --weights=FILE, a checkpoint.pt of pretrain.py")
+    device, _ = setup_device(config)
+    arch = read_weights(config.weights)[1]
+    model = ViT(arch).to(device).eval()
+    log(load_weights(model, config.weights))
+    row = column = arch.grid // 2
+    if config.query:
+        numbers = re.fullmatch(r"(\d+),(\d+)", config.query)
+        row, column = map(int, numbers.groups()) if numbers else (arch.grid, arch.grid)
+        if max(row, column) >= arch.grid:
+            raise BadInput(f"--query={config.query}: give row,column, each from 0 to "
+                           f"{arch.grid - 1}")
+    if os.path.isfile(config.data):
+        images = Images([config.data], read_image, config.data)
+    else:
+        images = local_rank0_first(open_images, config.data, arch.image_size, 8)[1]
+    view = v2.Compose([centre_crop(arch.image_size, config.eval_crop), v2.PILToTensor()])
+    patch = arch.patch_size
+    inner = F.pad(torch.ones(patch - 2, patch - 2), (1, 1, 1, 1)).bool()
+    frame = torch.zeros(arch.image_size, arch.image_size, dtype=torch.bool)
+    frame[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = ~inner
+    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1)
+    glow = torch.tensor([1.0, 0.8, 0.2], device=device).view(3, 1, 1)
+    for index in range(len(images)):
+        image = view(images.load(index, config.skip_bad_images)[0])[None].to(device)
+        probs = model.attention_probs(normalise(image, config.norm))
+        probs = probs[0, :, 1 + row * arch.grid + column, 1:]  # from that patch: (heads, N)
+        heat = probs.view(-1, 1, arch.grid, arch.grid)
+        heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=arch.image_size)
+        image = image / 255
+        panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
+        panels[:, :, frame] = red
+        titles = ["query"] + [f"head {number}" for number in range(len(heat))]
+        stem = os.path.splitext(os.path.basename(images.name(index)))[0]
+        path = os.path.join(config.out, "attention_" + re.sub(r"\W+", "_", stem) + ".png")
+        save_columns(path, dict(zip(titles, panels.unsqueeze(1), strict=True)))
+        log("wrote", path)
 
 
-def train(config):
-    """One run, from its checkpoint if there is one."""
-    device, dtype = setup_device(config)
-    train_images, train_labels, val_images, val_labels, classes = open_labelled(config)
-    steps, per_epoch, warmup = run_length(config, len(train_images))
-    torch.manual_seed(config.seed)
-    objective = Classification(config, len(classes)).to(device)
-    dataset = LabelledViews(train_images, train_labels, config, train=True)
-    val_dataset = LabelledViews(val_images, val_labels, config, train=False)
-    if config.task == "eval":
-        line = evaluate(objective, val_dataset, config, device, dtype)
-        log(f"{len(val_dataset):,} images", *(f"{k} {v:.6g}" for k, v in line.items()))
-        return line
-    made = prepare(objective, config, device, dtype, config.layer_decay)
-    model, optimizer, scaler, save, start = made
-    log(f"{config.task} into {config.out}: step {start} of {steps}, {per_epoch} an epoch, warm-up "
-        f"{warmup}; {len(dataset):,} images of {len(classes)} classes, {len(val_dataset):,} held "
-        "out")
-    if start == steps:
-        return None
-
-    batches = (share(batch_of_step(s, len(dataset), config)) for s in range(start, steps))
-    batches = loader(dataset, batches, config.num_workers, device)
-    output = Log(config, train_images, start, steps, per_epoch)
-    trained = [p for p in model.parameters() if p.requires_grad]
-
-    def backward(parts, seed):
-        """Add up the gradients of the global batch's mean loss; returns this process's share."""
-        torch.manual_seed(seed)  # for stochastic depth
-        total = 0
-        for number, part in enumerate(parts, 1):
-            part_share = len(part["images"]) / config.batch_size
-            sync = number == len(parts) or world_size() == 1
-            with nullcontext() if sync else model.no_sync():
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = model(part)
-                # DDP takes the mean over the processes; the loss is the mean over the whole batch
-                scaler.scale(loss * part_share * world_size()).backward()
-            total = total + part_share * loss.detach()
-        return total
-
-    for step, batch in enumerate(batches, start):
-        if all_sum(output.stop)[0]:
-            break
-        lr = cosine(step, steps, warmup, config.lr, config.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        seed = stream(config.seed, step, rank())
-        torch.manual_seed(seed)  # for mixing
-        images, labels = (batch[k].to(device, non_blocking=True) for k in ("images", "labels"))
-        images, labels = mix(images, labels, config, len(classes))
-        parts = list(micro_batches(dict(images=images, labels=labels), config.micro_batch))
-        loss = backward(parts, seed)
-        if config.sam_rho:
-            before = ascend(trained, config.sam_rho)
-            optimizer.zero_grad(set_to_none=True)
-            backward(parts, seed)
-            torch._foreach_copy_([parameter.detach() for parameter in trained], before)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(trained, config.clip_grad or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        row = {"loss": loss, "grad_norm": norm / world_size()}
-        to_log, to_evaluate, to_save = output.add(row, batch)
-        if not (to_log or to_evaluate or to_save):
-            continue
-        line = output.read(lr)
-        if to_evaluate:
-            line |= evaluate(objective, val_dataset, config, device, dtype)
-        output.write(line)
-        if to_save:
-            save(output.done)
-    if output.close(save) and config.task == "probe":
-        print_table(line)
-
-
-TASKS = {"train": train, "probe": train, "eval": train, "knn": knn, "curves": curves}
-
-
-def main(argv=None):
-    config = parse_args(Config, PRESETS, argv, __doc__)
-    if config.runs and config.task != "curves":
-        raise ValueError(f"{config.runs[0]}: what is this for? An option is --NAME=VALUE")
-    return TASKS[config.task](config)
-
+TASKS = {
+    "train": train,
+    "eval": evaluate_weights,
+    "probe": probe,
+    "knn": knn,
+    "curves": curves,
+    "attention": attention,
+}
 
 if __name__ == "__main__":
     run(main)

@@ -1,83 +1,504 @@
-"""Which patches to hide: blockwise masking (BEiT, arXiv 2106.08254, algorithm 1) and random masking
-(table 4).
+"""What a training step sees of an image: the mask (BEiT, arXiv 2106.08254, algorithm 1), the two
+views, and which images make up a batch. `python masking.py` prints three masks of each kind.
 
-`python masking.py` prints three masks of each kind.
+Everything random is a function of the seed, the epoch and the image, never of a generator's
+history: so a batch is the same for any number of workers and processes, and after a restart.
 """
 
+import functools
 import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor
+
+
+class BadInput(ValueError):
+    """What the user can mend: printed as one line, without a traceback."""
+
+
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 def blockwise_mask(
     height, width, num_masked, min_block=16, max_block=None, min_aspect=0.3, rng=None
 ):
-    """Hide rectangular blocks of patches until `num_masked` are hidden or no block fits (algorithm
+    """Mask rectangular blocks of patches until `num_masked` are masked or no block fits (algorithm
     1).
 
-    A block has min_block to max_block patches (None: as many as are still to hide), an aspect ratio
-    log-uniform in [min_aspect, 1 / min_aspect], and is smaller than the grid in both directions.
-    Returns a bool array (height, width), True = hidden: at least one patch, at most `num_masked`.
-    For the paper's 75 of 14x14 the mean is 74.5, because the last few patches often fit no block.
-    `rng` is a numpy Generator. Raises ValueError if such a mask cannot be placed.
+    A block is drawn with min_block to max_block patches (None: as many as are still to be masked;
+    if those are fewer than min_block, in between), an aspect ratio log-uniform in [min_aspect,
+    1 / min_aspect], and is smaller than the grid in both directions. Returns a bool array (height,
+    width), True = masked: at least one patch, at most `num_masked`. For the paper's 75 of 14x14 the
+    mean is 74.5, because the last few patches often fit no block. `rng` is a numpy Generator.
+    Raises BadInput, a ValueError, if such a mask cannot be placed.
     """
     if not 0 < num_masked < height * width:
-        raise ValueError(
-            f"num_masked={num_masked} of a {height}x{width} grid: hide at least 1 patch "
-            f"and at most {height * width - 1}"
-        )
+        raise BadInput(f"num_masked={num_masked} of a {height}x{width} grid: mask at least 1 patch "
+                       f"and at most {height * width - 1}")
     if not 0 < min_block <= num_masked:
-        raise ValueError(
-            f"min_block={min_block} with num_masked={num_masked}: a block has at least 1 and "
-            "at most num_masked patches; lower min_block or hide more"
-        )
+        raise BadInput(f"min_block={min_block} with num_masked={num_masked}: a block has at least "
+                       "1 and at most num_masked patches; lower min_block or mask more")
     if max_block is not None and max_block < min_block:
-        raise ValueError(f"max_block={max_block} is below min_block={min_block}; raise it")
+        raise BadInput(f"max_block={max_block} is below min_block={min_block}; raise it")
     if not 0 < min_aspect <= 1:
-        raise ValueError(f"min_aspect={min_aspect} is outside (0, 1]")
-    random = (
-        rng or np.random.default_rng()
-    ).random  # one uniform draw costs a third of rng.integers
+        raise BadInput(f"min_aspect={min_aspect} is outside (0, 1]")
+    uniform = (rng or np.random.default_rng()).random  # a third of the cost of rng.integers
     mask = np.zeros((height, width), dtype=bool)
-    hidden, tries = 0, 0
-    # Ten tries a block as in the paper's code, but the first block is tried until it is there: an
-    # empty mask would make the loss 0 / 0. 10,000 tries without one mean that the grid is too small
-    # for it.
-    while hidden < num_masked and tries < (10 if hidden else 10_000):
+    masked = tries = 0
+    # Ten tries per block as in the official code, but the first is tried until it is there: an
+    # empty mask would make the loss 0 / 0. If 10,000 tries fail, the grid is too small for it.
+    while masked < num_masked and tries < (10 if masked else 10_000):
         tries += 1
-        room = num_masked - hidden if max_block is None else min(num_masked - hidden, max_block)
-        area = (
-            min_block + (room - min_block) * random()
-        )  # room < min_block: an area between the two
-        aspect = math.exp((2 * random() - 1) * math.log(min_aspect))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        remaining = num_masked - masked
+        most = remaining if max_block is None else min(remaining, max_block)
+        area = min_block + (most - min_block) * uniform()
+        aspect = math.exp((2 * uniform() - 1) * math.log(min_aspect))
+        h = round(math.sqrt(area * aspect))
+        w = round(math.sqrt(area / aspect))
         if h >= height or w >= width:
             continue
-        top, left = int(random() * (height - h + 1)), int(random() * (width - w + 1))
+        top = int(uniform() * (height - h + 1))
+        left = int(uniform() * (width - w + 1))
         block = mask[top : top + h, left : left + w]
         new = h * w - int(np.count_nonzero(block))
-        if 0 < new <= room:
+        if 0 < new <= most:
             block[:] = True
-            hidden, tries = hidden + new, 0
-    if not hidden:
-        raise ValueError(
-            f"no block of at least {min_block} patches fits a {height}x{width} grid "
-            f"when {num_masked} are to hide; lower min_block"
-        )
+            masked += new
+            tries = 0
+    if not masked:
+        raise BadInput(f"no block of at least {min_block} patches fits a {height}x{width} grid "
+                       f"when {num_masked} are to be masked; lower min_block")
     return mask
 
 
-def random_mask(height, width, num_masked, rng=None):
-    """Hide exactly `num_masked` patches, each equally likely. Returns and raises as
-    `blockwise_mask`."""
+def random_mask(height, width, num_masked, rng=None, min_block=None):
+    """Mask exactly `num_masked` patches, each equally likely (table 4); `min_block` means nothing
+    here. Returns and raises as `blockwise_mask` does."""
     if not 0 < num_masked <= height * width:
-        raise ValueError(
-            f"num_masked={num_masked} of a {height}x{width} grid: hide at least 1 patch "
-            f"and at most {height * width}"
-        )
+        raise BadInput(f"num_masked={num_masked} of a {height}x{width} grid: mask at least 1 patch "
+                       f"and at most {height * width}")
     mask = np.zeros(height * width, dtype=bool)
     mask[(rng or np.random.default_rng()).permutation(height * width)[:num_masked]] = True
     return mask.reshape(height, width)
+
+
+def no_mask(height, width, num_masked, rng=None, min_block=None):
+    """Mask nothing (table 4, "w/o masking")."""
+    return np.zeros((height, width), dtype=bool)
+
+
+# Each is called with (height, width, num_masked, rng=..., min_block=...) and returns a bool array
+# (height, width), True = masked.
+MASKS = {"block": blockwise_mask, "random": random_mask, "none": no_mask}
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Images:
+    """A list of images, whose functions take a key and are None where a data set lacks them."""
+
+    keys: list  # paths or numbers
+    read: Callable  # -> RGB image
+    source: str  # for messages
+    read_label: Callable = None  # -> the number of one of `classes`
+    classes: list = None  # names
+    read_label_map: Callable = None  # -> int64 (height, width)
+
+    def __len__(self):
+        return len(self.keys)
+
+    def name(self, index):
+        key = self.keys[index]
+        return key if isinstance(key, str) else f"{self.source} image {key}"
+
+    def load(self, index, skip_bad=False):
+        """(image, its index): the one at `index`, or if asked the first readable one after it."""
+        for found in (*range(index, len(self)), *range(index)):
+            try:
+                return self.read(self.keys[found]), found
+            except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
+                if not skip_bad:
+                    raise BadInput(f"{self.name(found)}: cannot be read as an image ({error}); "
+                                   "remove it or give --skip_bad_images") from error
+        raise BadInput(f"{self.source}: no image in it can be read")
+
+    def subset(self, indices):
+        return replace(self, keys=[self.keys[index] for index in indices])
+
+    def split(self, count):
+        """(`count` images taken evenly from the whole list, the rest)."""
+        taken = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        rest = np.setdiff1d(np.arange(len(self)), taken)
+        return self.subset(taken.tolist()), self.subset(rest.tolist())
+
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+
+
+def folder_images(folder):
+    """All images in a folder and below it, in the order of their paths."""
+    paths = []
+    for where, _, names in os.walk(folder, followlinks=True):
+        paths += [os.path.join(where, name) for name in names if name.lower().endswith(ENDINGS)]
+    return Images(sorted(paths), read_image, folder)
+
+
+def read_image(path):
+    """The picture in a file as 8-bit RGB, turned as its EXIF tag says."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def open_images(data, image_size, val_images):
+    """(training images, at most `val_images` held-out ones) of --data: a name in DATASETS, or a
+    folder. A tenth is held out at most where nothing is by the data set itself."""
+    kind, _, argument = data.partition(":")
+    if kind in DATASETS:
+        train = DATASETS[kind](True, image_size, argument)
+        val = DATASETS[kind](False, image_size, argument)
+    elif not os.path.isdir(data):
+        raise BadInput(f"--data={data}: no such folder, and none of {', '.join(DATASETS)}")
+    elif os.path.isdir(os.path.join(data, "train")):
+        train = folder_images(os.path.join(data, "train"))
+        val = folder_images(os.path.join(data, "val"))
+    else:
+        train = folder_images(data)
+        val = []
+    if len(val):
+        val = val.split(val_images)[0]
+    else:
+        val, train = train.split(min(val_images, max(1, len(train) // 10)))
+    if not len(train):
+        raise BadInput(f"--data={data}: holds no two images ({' '.join(ENDINGS)})")
+    return train, val
+
+
+# ---- data sets with a name -----------------------------------------------------------------------
+
+
+def cifar(dataset, train, *_):
+    """torchvision's CIFAR-10 or -100, downloaded once into torch's hub cache."""
+    root = os.path.join(torch.hub.get_dir(), "cifar")
+    try:
+        data = dataset(root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{dataset.__name__}: download failed ({error}); put its archive into "
+                       f"{root}, or give --data=FOLDER with the images as files") from error
+    read = functools.partial(image_of_array, data.data)
+    return Images(range(len(data)), read, dataset.__name__, data.targets.__getitem__, data.classes)
+
+
+def image_of_array(images, index):
+    """One of (N, H, W, 3) uint8."""
+    return Image.fromarray(images[index])
+
+
+def shapes(train, image_size, argument):
+    """20,000 training images or 2,000 held-out ones, drawn when they are asked for. The class is
+    the kind of the large shape; in the label map 0 is the ground and kind + 1 a shape."""
+    seed = int(train)
+    return Images(
+        range(20_000 if train else 2_000),
+        functools.partial(shapes_image, image_size, seed),
+        "shapes",
+        functools.partial(shapes_label, seed),
+        list(OUTLINES),
+        functools.partial(shapes_label_map, image_size, seed),
+    )
+
+
+def shapes_image(size, seed, index):
+    return Image.fromarray(draw_shapes(size, seed, index)[0])
+
+
+def shapes_label(seed, index):
+    return int(draw_kinds(np.random.default_rng([seed, index]))[-1])
+
+
+def shapes_label_map(size, seed, index):
+    return draw_shapes(size, seed, index)[2].astype(np.int64)
+
+
+# What a data set is called with: (train or held out, image_size, what follows "name:" in --data).
+DATASETS = {
+    "shapes": shapes,
+    "cifar10": functools.partial(cifar, CIFAR10),
+    "cifar100": functools.partial(cifar, CIFAR100),
+}
+
+
+def polygon(angle, corners):
+    """The outline of a regular polygon: its radius at each angle."""
+    return 1 / np.cos(angle % (2 * np.pi / corners) - np.pi / corners)
+
+
+def plus(angle, arm=0.33):
+    """The outline of a plus sign whose arms are 2 * arm wide."""
+    folded = np.abs((angle + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+    return np.where(np.tan(folded) <= arm, 1 / np.cos(folded), arm / np.sin(folded.clip(1e-9)))
+
+
+# kind of shape -> its outline: the radius at 1,024 angles
+ANGLES = np.arange(1024) * (2 * np.pi / 1024)
+OUTLINES = {
+    "disc": np.ones(1024),
+    "oval": 1 / np.hypot(np.cos(ANGLES), 2 * np.sin(ANGLES)),
+    "triangle": polygon(ANGLES, 3),
+    "square": polygon(ANGLES, 4),
+    "star": 0.4 + 0.6 * np.abs(ANGLES * 5 / np.pi % 2 - 1),
+    "plus": plus(ANGLES),
+    "flower": 1 + 0.35 * np.cos(5 * ANGLES),
+    "gear": 1 + 0.2 * np.sign(np.cos(8 * ANGLES)),
+}
+# all of the same area, so that size does not give the class away
+RADII = [(r / np.sqrt((r**2).mean())).astype(np.float32) for r in OUTLINES.values()]
+
+
+def draw_shapes(size, seed, index):
+    """A large shape over a few small ones of any kind, on a textured ground.
+
+    Returns the image (size, size, 3) uint8, its class, which is the kind of the large shape, and
+    its label map (size, size) uint8, 0 the ground, kind + 1 a shape. Colours, textures, places,
+    sizes and turns are drawn alike for all kinds: only the outline identifies the class.
+    """
+    rng = np.random.default_rng([seed, index])
+    kinds = draw_kinds(rng)
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    ground = tint(rng.random(), rng)
+    image = texture(x / size, y / size, ground, rng)
+    labels = np.zeros((size, size), np.uint8)
+    for number, kind in enumerate(kinds, 1):
+        is_large = number == len(kinds)
+        radius = size * (rng.uniform(0.25, 0.38) if is_large else rng.uniform(0.06, 0.12))
+        centre = size * (rng.uniform(0.35, 0.65, 2) if is_large else rng.random(2))
+        first = np.maximum(centre - 1.6 * radius, 0).astype(int)  # no outline reaches beyond 1.56
+        end = (centre + 1.6 * radius + 2).astype(int)
+        box = (slice(first[0], end[0]), slice(first[1], end[1]))
+        dy = y[box] - centre[0]
+        dx = x[box] - centre[1]
+        angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024) & 1023
+        inside = RADII[kind][angle] * radius - np.hypot(dy, dx)  # pixels to the outline
+        colour = tint((ground.mean() + rng.uniform(0.35, 0.65)) % 1, rng)  # unlike the ground's
+        paint = texture(x[box] / size, y[box] / size, colour, rng)
+        cover = (inside + 0.5).clip(0, 1)[..., None]  # soft over one pixel: no jagged edge
+        image[box] += cover * (paint - image[box])
+        labels[box][inside > 0] = kind + 1
+    return (image * 255).astype(np.uint8), int(kinds[-1]), labels
+
+
+def draw_kinds(rng):
+    """The kinds of an image's shapes, the large one last."""
+    return rng.integers(len(OUTLINES), size=rng.integers(3, 6))
+
+
+def tint(brightness, rng):
+    """A colour, (3,) in [0, 1]: a tinted grey, so that few tokens go to hues and many to edges."""
+    return (0.1 + 0.8 * brightness + rng.uniform(-0.1, 0.1, 3)).clip(0, 1)
+
+
+def texture(x, y, colour, rng):
+    """A plain, striped, checked or shaded surface around a colour: (*x.shape, 3) in [0, 1]."""
+    angle = rng.uniform(0, 2 * np.pi)
+    other = (colour + rng.uniform(-0.12, 0.12)).clip(0, 1)
+    u = np.cos(angle) * x + np.sin(angle) * y
+    v = np.cos(angle) * y - np.sin(angle) * x
+    waves = 2 * np.pi * rng.uniform(3, 8)
+    pattern = rng.integers(4)
+    if pattern == 0:
+        mix = 0 * u
+    elif pattern == 1:
+        mix = 0.5 + 0.5 * np.sin(waves * u)
+    elif pattern == 2:
+        mix = 0.5 + 0.5 * np.sign(np.sin(waves * u) * np.sin(waves * v))
+    else:
+        mix = (0.5 + 0.5 * u).clip(0, 1)
+    return (colour + mix[..., None] * (other - colour)).astype(np.float32)
+
+
+# ---- views ---------------------------------------------------------------------------------------
+
+
+class Views(Dataset):
+    """What a step sees of an image: the patch view, the token view and the mask (sec. 2.5).
+
+    dataset[epoch, index] is a dict, all of it a function of (seed, epoch, index):
+    images        (3, image_size, image_size) uint8, the patch view: ViT's input
+    token_images  (3, token_size, token_size) uint8, if that is another size: the same crop, flip
+                  and jitter for the tokenizer. DALL-E's makes a token of 8x8 pixels and the ViT a
+                  patch of 16x16, so 224 px go with 112 px: 14x14 patches and 14x14 tokens
+    mask          (grid, grid) bool, True = masked: these patches are replaced in the input
+    predict       (grid, grid) bool, True = this patch's target is to be predicted
+    skipped       whether it shows the next image because this one is unreadable
+    and, for training, `extra_views` {name: (count, transform)} as (count, 3, side, side) uint8,
+    each with a crop of its own. Held-out images are cropped in the middle, no more.
+    """
+
+    def __init__(self, images, config, token_size, train, mask="none", extra_views=None):
+        self.images = images
+        self.config = config
+        self.grid = config.image_size // config.patch_size
+        self.mask = mask
+        self.extra_views = extra_views or {}
+        patch_view = self.transform(config.image_size, InterpolationMode.BICUBIC, train)
+        self.paired_transforms = {"images": patch_view}
+        if token_size != config.image_size:
+            token_view = self.transform(token_size, InterpolationMode.LANCZOS, train)
+            self.paired_transforms["token_images"] = token_view
+
+    def transform(self, size, mode, train):
+        if not train:
+            resize = transforms.Resize(round(size * 8 / 7), mode)  # the usual 256 for 224
+            return transforms.Compose([resize, transforms.CenterCrop(size)])
+        jitter = self.config.jitter
+        # cropped first, so that flip and jitter work on fewer pixels than in the official code
+        return transforms.Compose([
+            transforms.RandomResizedCrop(size, (self.config.crop_min, 1.0), interpolation=mode),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(jitter, jitter, jitter),
+        ])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        seed = self.config.seed
+        image, found = self.images.load(index, self.config.skip_bad_images)
+        sample = {"skipped": found != index}
+        for name, transform in self.paired_transforms.items():
+            # the same seed for both views: the transforms draw the same crop, flip and jitter
+            torch.default_generator.manual_seed(derive_seed(seed, epoch, index))
+            sample[name] = pil_to_tensor(transform(image))
+        for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
+            torch.default_generator.manual_seed(derive_seed(seed, epoch, index, number))
+            sample[name] = torch.stack([pil_to_tensor(transform(image)) for _ in range(count)])
+        rng = np.random.default_rng([seed, epoch, index])
+        sample["mask"] = torch.from_numpy(draw_mask(self.mask, self.config, rng))
+        predict_all = self.config.predict == "all"
+        sample["predict"] = torch.ones_like(sample["mask"]) if predict_all else sample["mask"]
+        return sample
+
+
+def draw_mask(name, config, rng):
+    """A mask (grid, grid), True = masked, of which config.mask_ratio is masked."""
+    grid = config.image_size // config.patch_size
+    num_masked = round(config.mask_ratio * grid**2)
+    return MASKS[name](grid, grid, num_masked, rng=rng, min_block=config.min_block)
+
+
+# (mean, standard deviation) of RGB in [0, 1]: ImageNet's; those of the authors' ImageNet-22k models
+NORMS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def normalise(images, norm):
+    """uint8 (B, 3, H, W) -> what the ViT sees: mean and standard deviation of `norm` taken out."""
+    channels = zip((images / 255).unbind(1), *NORMS[norm])  # numbers, not tensors: no GPU waits
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+
+def denormalise(images, norm):
+    """The way back, to (B, 3, H, W) in [0, 1]."""
+    channels = zip(images.unbind(1), *NORMS[norm])
+    images = torch.stack([channel * std + mean for channel, mean, std in channels], dim=1)
+    return images.clamp(0, 1)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
+
+
+def derive_seed(*key):
+    """A 64-bit seed from a few integers such as (seed, epoch, index): the same everywhere."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
+
+
+def batch_of_step(step, count, batch_size, seed, repeats=1):
+    """The (epoch, index) pairs of a step's global batch: the next part of the epoch's permutation.
+    The last, incomplete part of an epoch is left out, as in the official code. With `repeats` an
+    image comes that often in a batch, far apart, and each time its first number is another."""
+    epoch, part = divmod(step, count // batch_size)
+    images = -(-batch_size // repeats)
+    order = permutation(count, seed, epoch)[part * images : (part + 1) * images]
+    copies = [(epoch * repeats + copy, index) for copy in range(repeats) for index in order]
+    return copies[:batch_size]
+
+
+def local_shard(items):
+    """This process's part of a list: consecutive, and as even as it goes."""
+    start = rank() * len(items) // world_size()
+    return items[start : (rank() + 1) * len(items) // world_size()]
+
+
+def batches_of_all(count, size):
+    """The keys of this process's part of `count` images, each once, in batches of `size`."""
+    keys = local_shard([(0, index) for index in range(count)])
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+
+def make_loader(dataset, batches, workers, device):
+    """The batches of `dataset` that `batches` lists by their keys, in that order."""
+    pin = device.type == "cuda"
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+                      worker_init_fn=ignore_sigterm)
+
+
+def ignore_sigterm(worker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all; the loop handles it
+
+
+def micro_batches(batch, size):
+    """Split a batch, a dict of tensors with a row per image, into parts of at most `size`."""
+    first = next(iter(batch.values()))
+    return [{name: value[start : start + size] for name, value in batch.items()}
+            for start in range(0, len(first), size)]
+
+
+def to_device(batch, device, norm):
+    """A batch of Views on the device, where `images` (B, 3, H, W) become normalised floats,
+    `token_images` floats in [0, 1] and `predict` (B, h, w) becomes `positions` (K,) int64: where
+    its patches are among all B * h * w. That is worked out on the CPU, so that no GPU waits."""
+    positions = batch["predict"].flatten().nonzero().squeeze(1)
+    batch = {**batch, "positions": positions}
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    batch["token_images"] = batch.get("token_images", batch["images"]) / 255
+    batch["images"] = normalise(batch["images"], norm)
+    return batch
+
+
+def first_batch(dataset, count, device):
+    """The first `count` images of Views, or all if there are fewer, as a batch on the device."""
+    keys = [(0, index) for index in range(min(count, len(dataset)))]
+    batch = next(iter(make_loader(dataset, [keys], 0, device)))
+    return to_device(batch, device, dataset.config.norm)
 
 
 if __name__ == "__main__":

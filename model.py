@@ -2,7 +2,7 @@
 
     python model.py export --weights=out/beit_base/checkpoint.pt --to=transformers OUT
 
-Read `ViT.forward` and `BEiT.forward` first. Parameter names are those of the official checkpoints
+Read `BEiT.forward` first, then `ViT.encode`. Parameter names are those of the official checkpoints
 (github.com/microsoft/unilm, beit), which timm shares, so weights move both ways with no map.
 Shapes: B images, N = h * w patches of a (h, w) grid, D channels, and one [CLS] token before the
 patches.
@@ -20,10 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from masking import NORMS, BadInput
 from tokenizer import read_checkpoint
 
-# Layers / width / heads of table 11 and of ViT and DeiT; `layer_scale` is the released variant's.
-# "nano" is not in the paper: it is the size that the demos train in minutes on two CPU cores.
+# Layers / width / heads of table 11 and of ViT and DeiT, and LayerScale's init for a variant that
+# has it. "nano" is not in the paper: the demos train it in minutes on two CPU cores.
 VIT_SIZES = {
     "nano": dict(dim=128, depth=6, heads=4, layer_scale=0.1),
     "tiny": dict(dim=192, depth=12, heads=3, layer_scale=0.1),
@@ -39,8 +40,8 @@ VARIANTS = {
 
 @dataclass
 class ViTConfig:
-    image_size: int = 224  # pixels a side
-    patch_size: int = 16  # pixels a side
+    image_size: int = 224  # pixels per side
+    patch_size: int = 16  # pixels per side
     dim: int = 768
     depth: int = 12
     heads: int = 12
@@ -51,21 +52,16 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}"
-            )
+            raise BadInput(f"image_size={self.image_size} is no multiple of "
+                           f"patch_size={self.patch_size}")
         if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} is no multiple of heads={self.heads}")
-        if self.position not in ("absolute", "relative", "shared_relative"):
-            raise ValueError(
-                f"position={self.position!r} is none of absolute, relative, shared_relative"
-            )
+            raise BadInput(f"dim={self.dim} is no multiple of heads={self.heads}")
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path={self.drop_path} is not from 0 to below 1")
+            raise BadInput(f"drop_path={self.drop_path} is not from 0 to below 1")
 
     @property
     def grid(self):
-        """Patches a side."""
+        """Patches per side."""
         return self.image_size // self.patch_size
 
     @classmethod
@@ -73,7 +69,7 @@ class ViTConfig:
         """The config of a size and a variant, e.g. `ViTConfig.named("base", "released")`."""
         for name, table in ((size, VIT_SIZES), (variant, VARIANTS)):
             if name not in table:
-                raise ValueError(f"{name!r} is none of {', '.join(table)}")
+                raise BadInput(f"{name!r} is none of {', '.join(table)}")
         return cls(**{**VIT_SIZES[size], **VARIANTS[variant], **changes})
 
 
@@ -82,15 +78,20 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.patch_size = config.patch_size
         self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
 
     def forward(self, images):
+        height, width = images.shape[2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise BadInput(f"images of {height}x{width} pixels: the sides are to be multiples of "
+                           f"patch_size={self.patch_size}")
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class RelativePositionBias(nn.Module):
     """Holds a table of relative position biases: a row for every offset between two patches, and
-    three more for [CLS] to patch, patch to [CLS] and [CLS] to itself; a column a head."""
+    three more for [CLS] to patch, patch to [CLS] and [CLS] to itself; a column per head."""
 
     def __init__(self, config):
         super().__init__()
@@ -122,8 +123,8 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(config.dim))
         self.proj = nn.Linear(config.dim, config.dim)
         if config.position == "relative":
-            own = RelativePositionBias(config)
-            self.relative_position_bias_table = own.relative_position_bias_table
+            table = RelativePositionBias(config).relative_position_bias_table
+            self.relative_position_bias_table = table
 
     def queries_keys_values(self, x):
         """(B, 1 + N, D) -> three times (B, heads, 1 + N, D / heads)."""
@@ -140,7 +141,7 @@ class Attention(nn.Module):
         # (B, heads, 1 + N, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def weights(self, x, bias=None):
+    def attention_probs(self, x, bias=None):
         """What `forward` applies but never stores: (B, heads, queries, keys), rows sum to 1."""
         q, k, _ = self.queries_keys_values(x)
         logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
@@ -223,7 +224,8 @@ class ViT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """The paper's init (sec. 2.3): a normal of std 0.02, cut at one std as in the official
-        code, with the outputs of the l-th block divided by sqrt(2l)."""
+        code. The output matrices of the l-th block are divided by sqrt(2l): 2l branches have been
+        added to the residual stream by then, whose variance would else grow with depth."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.endswith("relative_position_bias_table"):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
@@ -233,111 +235,332 @@ class ViT(nn.Module):
             block.attn.proj.weight.div_(math.sqrt(2 * number))
             block.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
-    def embed(self, images):
-        """Images (B, 3, H, W), normalised -> patch embeddings (B, N, D)."""
-        patch = self.config.patch_size
-        if images.shape[2] % patch or images.shape[3] % patch:
-            raise ValueError(f"images of {images.shape[2]}x{images.shape[3]} pixels: the sides are "
-                             f"to be multiples of patch_size={patch}")
-        return self.patch_embed(images)
-
     def position_biases(self, grid):
         """For each block what is added to its attention logits: (heads, 1 + N, 1 + N) or None;
         `grid` is (height, width) of the patches."""
-        owners = {
-            "absolute": [],
-            "shared_relative": [getattr(self, "rel_pos_bias", None)],
-            "relative": [block.attn for block in self.blocks],
-        }[self.config.position]
-        tables = [owner.relative_position_bias_table for owner in owners]
-        index = getattr(self, "relative_index", None)
-        if tables and grid != (self.config.grid, self.config.grid):
+        if self.config.position == "absolute":
+            return [None] * len(self.blocks)
+        if self.config.position == "relative":
+            tables = [block.attn.relative_position_bias_table for block in self.blocks]
+        else:
+            tables = [self.rel_pos_bias.relative_position_bias_table]
+        index = self.relative_index
+        if grid != (self.config.grid, self.config.grid):
             tables = [resize_positions(table, *grid, self.resize) for table in tables]
             index = relative_position_index(*grid).to(index.device, non_blocking=True)
         # embedding() and not table[index]: its backward adds up in a fixed order, so that a resumed
         # run is bit-identical
         biases = [F.embedding(index, table).permute(2, 0, 1) for table in tables]
-        return biases if len(biases) == len(self.blocks) else (biases or [None]) * len(self.blocks)
+        return biases * (len(self.blocks) // len(biases))  # a shared one goes to every block
 
-    def layers(self, x, grid):
-        """Patch embeddings (B, N, D) of a grid (height, width) -> what enters the first block, then
-        what leaves each block: depth + 1 times (B, 1 + N, D)."""
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+    def encode(self, patches, grid):
+        """Patch embeddings (B, N, D) of a grid (height, width) -> the features that enter the first
+        block and those that leave each block: a list of depth + 1 times (B, 1 + N, D)."""
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed, *grid, self.resize)
-        yield x
+        layers = [x]
         for block, bias in zip(self.blocks, self.position_biases(grid)):
             x = block(x, bias)
-            yield x
-
-    def encode(self, x, grid):
-        """Patch embeddings (B, N, D) -> features of [CLS] and the patches, (B, 1 + N, D)."""
-        for x in self.layers(x, grid):
-            pass
-        return x
+            layers.append(x)
+        return layers
 
     def grid_of(self, images):
         """(height, width) of the patches of images (B, 3, H, W)."""
         return tuple(side // self.config.patch_size for side in images.shape[2:])
 
-    def attention(self, images):
-        """The last block's attention weights for images (B, 3, H, W), normalised:
-        (B, heads, 1 + N queries, 1 + N keys)."""
-        last, bias = self.blocks[-1], self.position_biases(self.grid_of(images))[-1]
-        *_, x, _ = self.layers(self.embed(images), self.grid_of(images))
-        return last.attn.weights(last.norm1(x), bias)
+    def layers(self, images):
+        """Images (B, 3, H, W), normalised -> what `encode` gives."""
+        return self.encode(self.patch_embed(images), self.grid_of(images))
+
+    def features(self, images):
+        """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, (B, 1 + N, D),
+        before any final norm."""
+        return self.layers(images)[-1]
+
+    def attention_probs(self, images):
+        """What the last block attends to in images (B, 3, H, W), normalised: (B, heads, 1 + N
+        queries, 1 + N keys)."""
+        last = self.blocks[-1]
+        bias = self.position_biases(self.grid_of(images))[-1]
+        return last.attn.attention_probs(last.norm1(self.layers(images)[-2]), bias)
 
     def mean_features(self, images):
         """Images (B, 3, H, W), normalised -> for each block the mean of its patches' features, of
         mean 0 and variance 1, for what looks at a frozen network (app. D): (depth, B, D)."""
-        _, *layers = self.layers(self.embed(images), self.grid_of(images))
-        means = torch.stack([x[:, 1:].mean(dim=1) for x in layers])
+        means = torch.stack([x[:, 1:].mean(dim=1) for x in self.layers(images)[1:]])
         return F.layer_norm(means, means.shape[2:])
 
     def forward(self, images):
-        """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, (B, 1 + N, D),
-        before any final norm."""
-        return self.encode(self.embed(images), self.grid_of(images))
+        return self.features(images)
 
 
 class BEiT(ViT):
-    """Masked image modelling (sec. 2.3): predict the visual tokens of the hidden patches."""
+    """Masked image modelling (sec. 2.3): predict the visual tokens of the masked patches."""
 
-    def __init__(self, config, vocab_size, projector=None):
+    def __init__(self, config, vocab_size):
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.lm_head = nn.Linear(config.dim, vocab_size)
         self.init_weights()
-        self.projector = projector  # for a contrastive loss; it has its own init
 
-    def features(self, images, mask=None):
-        """Images (B, 3, H, W), normalised, and mask (B, h, w), True = hidden, None = no patch ->
-        features of [CLS] and the patches, (B, 1 + N, D), before the final norm."""
-        if mask is None:
-            return super().forward(images)
-        hidden = mask.flatten(1).unsqueeze(2).to(images.device, non_blocking=True)  # (B, N, 1)
-        x = torch.where(hidden, self.mask_token, self.embed(images))  # (B, N, D)
-        return self.encode(x, tuple(mask.shape[1:]))
+    def forward(self, images, mask, positions=None, return_features=False):
+        """Images (B, 3, H, W), normalised, and mask (B, h, w) bool, True = masked -> logits (sum of
+        mask, vocab) of the masked patches, in the order of `tokens[mask]`.
 
-    def logits(self, x, predict):
-        """Features (B, 1 + N, D) -> logits (sum of predict, vocab) of the patches that predict
-        (B, h, w) says, in the order of `tokens[predict]`."""
-        index = predict.flatten().nonzero().squeeze(1)
-        index = index.to(x.device, non_blocking=True)  # of a mask on the CPU: no GPU waits for it
-        return self.lm_head(self.norm(x[:, 1:].flatten(0, 1)[index]))
+        `positions` (K,) int64 asks for other patches than those, counted over all B * h * w;
+        `return_features` for (logits, features (B, 1 + N, D) before the final norm)."""
+        patches = self.patch_embed(images)                                              # (B, N, D)
+        patches = torch.where(mask.flatten(1).unsqueeze(2), self.mask_token, patches)   # (B, N, D)
+        x = self.encode(patches, tuple(mask.shape[1:]))[-1]                         # (B, 1 + N, D)
+        if positions is None:
+            positions = mask.flatten().nonzero().squeeze(1)
+        logits = self.lm_head(self.norm(x[:, 1:].flatten(0, 1)[positions]))          # (K, vocab)
+        return (logits, x) if return_features else logits
 
-    def forward(self, images, mask, predict=None):
-        """Images (B, 3, H, W), normalised, and mask (B, h, w), True = hidden -> logits (sum of
-        mask, vocab), in the order of `tokens[mask]`. `predict` (B, h, w) asks for the logits of
-        other patches instead."""
-        return self.logits(self.features(images, mask), mask if predict is None else predict)
 
-    def summary(self, x, of):
-        """Features (B, 1 + N, D) -> (B, D) of="cls", the [CLS] token, or of="mean", the mean
-        patch, for the projector."""
-        x = self.norm(x)
-        return x[:, 0] if of == "cls" else x[:, 1:].mean(dim=1)
+class Classifier(ViT):
+    """Fine-tuning (sec. 2.6): the mean of the patches' features, a norm and a linear layer."""
+
+    def __init__(self, config, num_classes):
+        super().__init__(config)
+        self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, num_classes)
+        self.init_weights()
+        with torch.no_grad():  # near-zero logits: early gradients do not disturb the backbone
+            self.head.weight.mul_(0.001)
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised -> logits (B, classes)."""
+        return self.head(self.fc_norm(self.features(images)[:, 1:].mean(dim=1)))
+
+
+class LinearProbes(ViT):
+    """Linear classifiers of a frozen network's mean features (app. D), one for each of `layers`,
+    which count from 1. One pass of the network serves them all."""
+
+    def __init__(self, config, num_classes, layers):
+        super().__init__(config)
+        self.requires_grad_(False)
+        self.probed = layers
+        self.probes = nn.ModuleList(nn.Linear(config.dim, num_classes) for _ in layers)
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised -> logits (probes, B, classes)."""
+        with torch.no_grad():
+            means = self.mean_features(images)  # (depth, B, D)
+        probes = zip(self.probes, self.probed, strict=True)
+        return torch.stack([probe(means[layer - 1]) for probe, layer in probes])
+
+
+# Layers whose features the auxiliary heads see, by depth (SETR, arXiv 2012.15840); else quarters
+AUXILIARY = {24: (10, 15, 20, 24)}
+
+
+class UpsamplingHead(nn.Module):
+    """SETR's progressive upsampling: a LayerNorm, then for each of `scales` a 3x3 convolution to
+    256 channels, batch norm, ReLU and a bilinear upsampling by that, then a 1x1 convolution. Below
+    512 channels it makes half of them, or the head would be most of a small network's work."""
+
+    def __init__(self, dim, num_classes, scales):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        width = min(256, dim // 2)
+        layers = []
+        for number, scale in enumerate(scales):
+            layers += [nn.Conv2d(width if number else dim, width, 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers += [nn.Upsample(scale_factor=scale, mode="bilinear")]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1))
+
+    def forward(self, x):
+        """Patch features (B, h, w, D) -> logits (B, classes, h * product of scales, w * ...)."""
+        return self.layers(self.norm(x).permute(0, 3, 1, 2).contiguous())
+
+
+class Segmenter(ViT):
+    """SETR-PUP (arXiv 2012.15840) on BEiT: a class per pixel, from the last layer's patches.
+    Heads on four layers, which only training has, help to learn."""
+
+    resize = "bilinear"
+
+    def __init__(self, config, num_classes):
+        super().__init__(config)
+        halvings = config.patch_size.bit_length() - 1
+        if config.patch_size != 2**halvings or not halvings:
+            raise BadInput(f"patch_size={config.patch_size}: to be segmented, a power of two")
+        quarters = [round(config.depth * k / 4) for k in (1, 2, 3, 4)]
+        self.auxiliary = AUXILIARY.get(config.depth, quarters)
+        self.head = UpsamplingHead(config.dim, num_classes, [2] * halvings)
+        first = [min(4, config.patch_size)]
+        self.aux_heads = nn.ModuleList(
+            UpsamplingHead(config.dim, num_classes, first) for _ in self.auxiliary
+        )
+        self.init_weights()
+
+    def forward(self, images):
+        """Images (B, 3, H, W), normalised -> logits (B, classes, H, W); in training a list of them,
+        the first of the head and the rest of the auxiliary heads."""
+        grid = self.grid_of(images)
+        maps = [x[:, 1:].unflatten(1, grid) for x in self.layers(images)]  # (B, h, w, D) each
+        logits = self.head(maps[-1])
+        if not self.training:
+            return logits
+        extra = [head(maps[layer]) for head, layer in zip(self.aux_heads, self.auxiliary)]
+        return [logits] + [F.interpolate(x, size=images.shape[2:], mode="bilinear") for x in extra]
+
+
+def param_groups(model, weight_decay, layer_decay=1.0):
+    """AdamW's parameter groups: no decay of biases, norms, LayerScale, cls_token and pos_embed.
+    `lr_scale`, a group's share of the learning rate, is layer_decay ** (depth + 1 - layer) (table
+    13), where the embeddings are layer 0, the l-th block is layer l and all above is layer depth +
+    1."""
+    depth = getattr(model.config, "depth", 0)  # a dVAE has no layers to tell apart
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif name.startswith(("patch_embed.", "cls_token", "mask_token", "pos_embed")):
+            layer = 0
+        else:
+            layer = depth + 1
+        decays = parameter.dim() > 1 and name not in ("cls_token", "pos_embed")
+        lr_scale = layer_decay ** (depth + 1 - layer)
+        group = groups.setdefault((lr_scale, decays), {
+            "params": [],
+            "lr_scale": lr_scale,
+            "weight_decay": weight_decay if decays else 0.0,
+        })
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+# ---- contrastive losses --------------------------------------------------------------------------
+# They compare two views of the same images, and stand beside masked image modelling (app. E).
+
+
+class ContrastiveLoss(nn.Module):
+    """A loss between the outputs of two views of B images; `config` is the run's. Subclasses have
+
+    make_head(dim, hidden)  a projector of features (B, dim), with `hidden` units in its hidden
+                            layers: all that is trained, the loss itself has no parameters
+    forward(student, other, progress)
+                            outputs (B, D) of this process -> the loss, summed over B; `other` is
+                            the teacher's or the student's of another view, progress from 0 to 1
+    """
+
+    has_teacher = False  # whether the other view is a teacher's, or the student's own
+    # whether it compares images, or its head has a batch norm: then gradients cannot accumulate
+    # and processes have equal shares
+    needs_whole_batch = True
+    sees_local_crops = False  # whether --local_crops has small views for it
+    sums_pairs = False  # whether several pairs of views are added up, or averaged
+    crop_area = (0.08, 1.0)  # (least, most) share of the image that a whole view shows
+    projector_dim = 2048  # the method's own, where --projector_dim is 0
+    teacher_momentum = 0.996  # the method's own, where --teacher_momentum is 0
+
+    def __init__(self, config):
+        super().__init__()
+
+    def teacher_outputs(self, head, x):
+        """What the teacher's `head` makes of features (B, dim)."""
+        return head(x)
+
+    def after_step(self):
+        """Called when the weights have changed."""
+
+
+class DINO(ContrastiveLoss):
+    """Self-distillation (arXiv 2104.14294, eq. 3): cross entropy of the student's prototypes with
+    the teacher's, whose running mean, the centre, is taken out so that no prototype wins always."""
+
+    has_teacher = True
+    needs_whole_batch = False
+    sees_local_crops = True
+    crop_area = (0.4, 1.0)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.prototypes = config.prototypes
+        self.temperature = config.teacher_temperature
+        self.register_buffer("centre", torch.zeros(config.prototypes))
+        self.register_buffer("scores", torch.zeros(1 + config.prototypes), persistent=False)
+
+    def make_head(self, dim, hidden):
+        return DINOHead(dim, hidden, self.prototypes)
+
+    def forward(self, student, other, progress):
+        # the teacher's temperature rises over the first 30 of DINO's 300 epochs
+        temperature = 0.04 + (self.temperature - 0.04) * min(1, progress / 0.1)
+        self.scores[0] += len(other)
+        self.scores[1:] += other.sum(dim=0)
+        teacher_probs = ((other - self.centre) / temperature).softmax(dim=1)
+        student_log_probs = (student / 0.1).log_softmax(dim=1)
+        return -(teacher_probs * student_log_probs).sum()
+
+    def after_step(self):
+        """The centre follows the mean of the teacher's scores over the global batch (eq. 4)."""
+        if dist.is_initialized():
+            dist.all_reduce(self.scores)
+        self.centre.mul_(0.9).add_(0.1 * self.scores[1:] / self.scores[0])
+        self.scores.zero_()
+
+
+class MoCo(ContrastiveLoss):
+    """MoCo v3 (arXiv 2104.02057): find the teacher's other view of an image in the global batch."""
+
+    has_teacher = True
+    sums_pairs = True
+    projector_dim = 4096
+    teacher_momentum = 0.99
+    temperature = 0.2
+
+    def make_head(self, dim, hidden):
+        return MoCoHead(dim, hidden)
+
+    def teacher_outputs(self, head, x):
+        return head(x, predict=False)
+
+    def forward(self, student, other, progress):
+        queries = F.normalize(student, dim=1)
+        keys = F.normalize(gather(other), dim=1)
+        logits = queries @ keys.T / self.temperature  # (B, global batch)
+        labels = own_rows(queries)
+        return 2 * self.temperature * F.cross_entropy(logits, labels, reduction="sum")
+
+
+class SimCLR(ContrastiveLoss):
+    """SimCLR (arXiv 2002.05709): find an image's other view among all others of the batch, without
+    a teacher."""
+
+    temperature = 0.1
+
+    def make_head(self, dim, hidden):
+        return make_mlp(dim, hidden, 128, norm=False)
+
+    def forward(self, student, other, progress):
+        """NT-Xent (eq. 1)."""
+        a = F.normalize(student, dim=1)
+        b = F.normalize(other, dim=1)
+        keys = torch.cat([gather(a), gather(b)])
+        count = len(keys) // 2
+        itself = own_rows(a)
+        loss_a = self.find(a, keys, itself, itself + count)
+        return (loss_a + self.find(b, keys, itself + count, itself)) / 2
+
+    def find(self, queries, keys, itself, labels):
+        logits = queries @ keys.T / self.temperature  # (B, 2 * global batch)
+        logits = logits.scatter(1, itself[:, None], -math.inf)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def own_rows(x):
+    """Where the rows of x (B, D) are among those of all processes: (B,) int64."""
+    first = dist.get_rank() * len(x) if dist.is_initialized() else 0
+    return first + torch.arange(len(x), device=x.device)
 
 
 class Gather(torch.autograd.Function):
@@ -371,7 +594,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         return super().forward(gather(x)).chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def mlp(*dims, norm, act=nn.ReLU):
+def make_mlp(*dims, norm, act=nn.ReLU):
     """Linear layers, with an activation between them and batch norm if asked."""
     layers = []
     for number, (before, after) in enumerate(zip(dims, dims[1:]), 2):
@@ -388,7 +611,7 @@ class DINOHead(nn.Module):
 
     def __init__(self, dim, hidden, prototypes):
         super().__init__()
-        self.mlp = mlp(dim, hidden, hidden, 256, norm=False, act=nn.GELU)
+        self.mlp = make_mlp(dim, hidden, hidden, 256, norm=False, act=nn.GELU)
         self.prototypes = nn.Parameter(torch.empty(prototypes, 256))
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -408,136 +631,18 @@ class MoCoHead(nn.Module):
 
     def __init__(self, dim, hidden):
         super().__init__()
-        self.projector = mlp(dim, hidden, hidden, 256, norm=True)
-        self.predictor = mlp(256, hidden, 256, norm=True)
+        self.projector = make_mlp(dim, hidden, hidden, 256, norm=True)
+        self.predictor = make_mlp(256, hidden, 256, norm=True)
 
     def forward(self, x, predict=True):
         x = self.projector(x)
         return self.predictor(x) if predict else x
 
 
-class Classifier(ViT):
-    """Fine-tuning (sec. 2.6): the mean of the patches' features, a norm and a linear layer."""
-
-    def __init__(self, config, num_classes):
-        super().__init__(config)
-        self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.head = nn.Linear(config.dim, num_classes)
-        self.init_weights()
-        with torch.no_grad():  # starts as "no idea", so that the first steps spare the backbone
-            self.head.weight.mul_(0.001)
-
-    def forward(self, images):
-        """Images (B, 3, H, W), normalised -> logits (B, classes)."""
-        return self.head(self.fc_norm(super().forward(images)[:, 1:].mean(dim=1)))
+CONTRASTIVE_LOSSES = {"none": None, "dino": DINO, "moco": MoCo, "simclr": SimCLR}
 
 
-class LinearProbes(ViT):
-    """Linear classifiers of a frozen network's mean features (app. D), one for each of `layers`,
-    which count from 1. One pass of the network serves them all."""
-
-    def __init__(self, config, num_classes, layers):
-        super().__init__(config)
-        self.requires_grad_(False)
-        self.probed = layers
-        self.probes = nn.ModuleList(nn.Linear(config.dim, num_classes) for _ in layers)
-
-    def forward(self, images):
-        """Images (B, 3, H, W), normalised -> logits (probes, B, classes)."""
-        with torch.no_grad():
-            means = self.mean_features(images)  # (depth, B, D)
-        pairs = zip(self.probes, self.probed, strict=True)
-        return torch.stack([probe(means[layer - 1]) for probe, layer in pairs])
-
-
-# Layers whose features the auxiliary heads see, by depth (SETR, arXiv 2012.15840); else quarters
-AUXILIARY = {24: (10, 15, 20, 24)}
-
-
-class UpsamplingHead(nn.Module):
-    """SETR's progressive upsampling: a LayerNorm, then for each of `scales` a 3x3 convolution to
-    256 channels, batch norm, ReLU and a bilinear upsampling by that, then a 1x1 convolution. Of
-    less than 512 channels it makes half, or the head would be most of a small network's work.
-
-    For base, 150 classes and scales (2, 2, 2, 2) it has 3,581,078 parameters: 1,536 of the norm,
-    9 * 256 * (768 + 3 * 256) = 3,538,944 of the convolutions, 4 * 512 of the batch norms, 38,550 of
-    the last layer."""
-
-    def __init__(self, dim, num_classes, scales):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        width, layers = min(256, dim // 2), []
-        for number, scale in enumerate(scales):
-            layers += [nn.Conv2d(width if number else dim, width, 3, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            layers += [nn.Upsample(scale_factor=scale, mode="bilinear")]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1))
-
-    def forward(self, x):
-        """Patch features (B, h, w, D) -> logits (B, classes, h * product of scales, w * ...)."""
-        return self.layers(self.norm(x).permute(0, 3, 1, 2).contiguous())
-
-
-class Segmenter(ViT):
-    """SETR-PUP (arXiv 2012.15840) on BEiT: a class for each pixel, from the last layer's patches.
-    Heads on four layers, which only training has, help to learn."""
-
-    resize = "bilinear"
-
-    def __init__(self, config, num_classes):
-        super().__init__(config)
-        halvings = config.patch_size.bit_length() - 1
-        if config.patch_size != 2**halvings or not halvings:
-            raise ValueError(f"patch_size={config.patch_size}: to be segmented, a power of two")
-        quarters = [round(config.depth * k / 4) for k in (1, 2, 3, 4)]
-        self.auxiliary = AUXILIARY.get(config.depth, quarters)
-        self.head = UpsamplingHead(config.dim, num_classes, [2] * halvings)
-        first = [min(4, config.patch_size)]
-        self.aux_heads = nn.ModuleList(
-            UpsamplingHead(config.dim, num_classes, first) for _ in self.auxiliary
-        )
-        self.init_weights()
-
-    def forward(self, images):
-        """Images (B, 3, H, W), normalised -> logits (B, classes, H, W); in training a list of them,
-        the first of the head and the rest of the auxiliary heads."""
-        grid = self.grid_of(images)
-        layers = list(self.layers(self.embed(images), grid))
-        maps = [x[:, 1:].unflatten(1, grid) for x in layers]  # depth + 1 times (B, h, w, D)
-        logits = self.head(maps[-1])
-        if not self.training:
-            return logits
-        extra = [head(maps[layer]) for head, layer in zip(self.aux_heads, self.auxiliary)]
-        return [logits] + [F.interpolate(x, size=images.shape[2:], mode="bilinear") for x in extra]
-
-
-def param_groups(model, lr, weight_decay, layer_decay=1.0):
-    """AdamW's parameter groups: no decay of biases, norms, LayerScale, cls_token and pos_embed; a
-    learning rate of lr * layer_decay ** (depth + 1 - layer) (table 13), where the embeddings are
-    layer 0, the l-th block is layer l and all that is above is layer depth + 1. `lr_scale` keeps
-    that factor for the schedule."""
-    depth = getattr(model.config, "depth", 0)  # a dVAE has no layers to tell apart
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = depth + 1
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        elif name.startswith(("patch_embed.", "cls_token", "mask_token", "pos_embed")):
-            layer = 0
-        decays = parameter.dim() > 1 and name not in ("cls_token", "pos_embed")
-        scale = layer_decay ** (depth + 1 - layer)
-        group = dict(
-            params=[], lr=lr * scale, lr_scale=scale, weight_decay=weight_decay if decays else 0.0
-        )
-        groups.setdefault((layer if layer_decay != 1 else 0, decays), group)["params"].append(
-            parameter
-        )
-    return list(groups.values())
-
-
-# ---- weights in and out --------------------------------------------------------------------------
+# ---- loading and exporting weights ---------------------------------------------------------------
 
 
 def write_atomically(path, write, keep=None):
@@ -559,68 +664,56 @@ def write_atomically(path, write, keep=None):
             os.remove(temporary)
 
 
-# Our name -> transformers', for what lies in its `beit.`, in one of its layers, and in its heads
-HF_BACKBONE = {
-    "cls_token": "embeddings.cls_token",
-    "mask_token": "embeddings.mask_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "rel_pos_bias": "encoder.relative_position_bias",
-    "fc_norm": "pooler.layernorm",
-}
-HF_LAYER = {
-    "norm1": "layernorm_before",
-    "attn.q_bias": "attention.attention.query.bias",
-    "attn.v_bias": "attention.attention.value.bias",
-    "attn": "attention.attention.relative_position_bias",  # its table
-    "attn.proj": "attention.output.dense",
-    "gamma_1": "lambda_1",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-    "gamma_2": "lambda_2",
-}
-HF_HEADS = {"norm": "layernorm", "lm_head": "lm_head", "head": "classifier"}
+# (our name, transformers'), of the beginning of a name or, with a dot before it, of a part
+HF_NAMES = [
+    ("blocks.", "beit.encoder.layer."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.q_bias", ".attention.attention.query.bias"),
+    (".attn.v_bias", ".attention.attention.value.bias"),
+    (".attn.relative", ".attention.attention.relative_position_bias.relative"),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+    (".gamma_1", ".lambda_1"),
+    (".gamma_2", ".lambda_2"),
+    ("cls_token", "beit.embeddings.cls_token"),
+    ("mask_token", "beit.embeddings.mask_token"),
+    ("pos_embed", "beit.embeddings.position_embeddings"),
+    ("patch_embed.proj.", "beit.embeddings.patch_embeddings.projection."),
+    ("rel_pos_bias.", "beit.encoder.relative_position_bias."),
+    ("fc_norm.", "beit.pooler.layernorm."),
+    ("norm.", "layernorm."),
+    ("head.", "classifier."),
+]
 
 
-def transformers_names(depth):
-    """[(our name, theirs)] of tensors or of the modules that hold them."""
-    names = [(ours, f"beit.{theirs}") for ours, theirs in HF_BACKBONE.items()]
-    for number in range(depth):
-        prefixes = f"blocks.{number}.", f"beit.encoder.layer.{number}."
-        names += [(prefixes[0] + ours, prefixes[1] + theirs) for ours, theirs in HF_LAYER.items()]
-    return names + list(HF_HEADS.items())
+def rename(name, pairs):
+    for old, new in pairs:
+        if name.startswith(old) or (old[0] == "." and old in name):
+            name = name.replace(old, new, 1)
+    return name
 
 
-def rename(name, names):
-    """`name` as the dict `names` has it, for the tensor or for its module; None if it has not."""
-    module, _, kind = name.rpartition(".")
-    return names.get(name) or (f"{names[module]}.{kind}" if module in names else None)
-
-
-def from_transformers(state, depth):
-    names = {theirs: ours for ours, theirs in transformers_names(depth)}
-    names["beit.layernorm"] = "norm"  # where some versions keep the masked model's
-    qkv = "beit.encoder.layer.{}.attention.attention.{}.weight"
-    out = {rename(name, names) or name: value for name, value in state.items()}
-    for number in range(depth):
-        parts = [out.pop(qkv.format(number, part), None) for part in ("query", "key", "value")]
-        if any(part is None for part in parts):
-            raise ValueError(f"no {qkv.format(number, 'query')} in it; give a folder that one of "
-                             "transformers' BeitFor... classes saved")
-        out[f"blocks.{number}.attn.qkv.weight"] = torch.cat(parts)
+def from_transformers(state):
+    pairs = [(theirs, ours) for ours, theirs in HF_NAMES]
+    pairs.append(("beit.layernorm.", "norm."))  # where some versions keep the masked model's
+    out = {rename(name, pairs): value for name, value in state.items()}
+    for name in [name for name in out if name.endswith("attention.query.weight")]:
+        parts = [out.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        out[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
     return out
 
 
-def to_transformers(state, depth):
-    names, out = dict(transformers_names(depth)), {}
+def to_transformers(state):
+    out = {}
     for name, value in state.items():
         if name.endswith("qkv.weight"):
-            module = f"beit.encoder.layer.{name.split('.')[1]}.attention.attention"
+            module = rename(name, HF_NAMES).replace("attn.qkv", "attention.attention.{}")
             for part, third in zip(("query", "key", "value"), value.chunk(3)):
-                out[f"{module}.{part}.weight"] = third.contiguous()
+                out[module.format(part)] = third.contiguous()
         else:
-            out[rename(name, names)] = value
+            out[rename(name, HF_NAMES)] = value
     return out
 
 
@@ -628,20 +721,24 @@ def read_weights(path):
     """(weights under the official names, their ViTConfig) of one of our checkpoints, an official
     .pth, a timm state dict (.pth, .safetensors) or a transformers folder. The files other than
     ours and transformers' do not say how many heads there are: 64 channels each, as in table 11.
-    Raises ValueError if it is none of them."""
-    path, arch = str(path), {}
+    Raises BadInput if it is none of them."""
+    path = str(path)
+    arch = {}
     if os.path.isdir(path):
         files = [os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin")]
         files = [file for file in files if os.path.exists(file)]
         if not files or not os.path.exists(os.path.join(path, "config.json")):
-            raise ValueError(f"{path}: no transformers folder, which holds config.json and "
+            raise BadInput(f"{path}: no transformers folder, which holds config.json and "
                              "model.safetensors or pytorch_model.bin; give that or a file")
-        with open(os.path.join(path, "config.json")) as file:
-            theirs = json.load(file)
-        arch["heads"], depth = theirs.get("num_attention_heads"), theirs.get("num_hidden_layers")
-        if theirs.get("model_type") != "beit":
-            raise ValueError(f"{path}: model_type is {theirs.get('model_type')!r}, not 'beit'")
-        state = from_transformers(read_tensors(files[0]), depth)
+        try:
+            with open(os.path.join(path, "config.json")) as file:
+                hf_config = json.load(file)
+        except ValueError as error:
+            raise BadInput(f"{path}/config.json: no JSON ({error})") from error
+        if hf_config.get("model_type") != "beit":
+            raise BadInput(f"{path}: model_type is {hf_config.get('model_type')!r}, not 'beit'")
+        arch["heads"] = hf_config.get("num_attention_heads")
+        state = from_transformers(read_tensors(files[0]))
     else:
         state = read_tensors(path)
         arch = state.get("arch", {}) if isinstance(state.get("arch"), dict) else {}
@@ -651,21 +748,27 @@ def read_weights(path):
              if torch.is_tensor(v) and not k.endswith("relative_position_index")}
     if not {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
         known = ", ".join(list(state)[:3]) or "no tensors"
-        raise ValueError(f"{path}: no weights of a BEiT; it holds {known}")
+        raise BadInput(f"{path}: no weights of a BEiT; it holds {known}")
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
     tables = [v for k, v in state.items() if k.endswith("relative_position_bias_table")]
     if "pos_embed" in state:
-        position, grid = "absolute", math.isqrt(state["pos_embed"].shape[1] - 1)
+        position = "absolute"
+        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
     else:
         shared = "rel_pos_bias.relative_position_bias_table" in state
         position = "shared_relative" if shared else "relative"
         grid = (math.isqrt(len(tables[0]) - 3) + 1) // 2 if tables else 14
-    found = dict(image_size=grid * patch, patch_size=patch, dim=dim, position=position)
-    found["depth"] = sum(name.endswith("attn.qkv.weight") for name in state)
-    found["heads"] = tables[0].shape[1] if tables else max(1, dim // 64)
-    found["mlp_ratio"] = len(state["blocks.0.mlp.fc1.weight"]) / dim
-    found["layer_scale"] = 0.1 if "blocks.0.gamma_1" in state else 0.0
-    return state, ViTConfig(**(found | arch))
+    found = {
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "dim": dim,
+        "position": position,
+        "depth": sum(name.endswith("attn.qkv.weight") for name in state),
+        "heads": tables[0].shape[1] if tables else max(1, dim // 64),
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / dim,
+        "layer_scale": 0.1 if "blocks.0.gamma_1" in state else 0.0,
+    }
+    return state, ViTConfig(**{**found, **arch})
 
 
 def read_tensors(path):
@@ -676,14 +779,14 @@ def read_tensors(path):
     try:
         return load(path)
     except Exception as error:  # its own error type is no ValueError
-        raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
+        raise BadInput(f"{path}: damaged, or no safetensors file ({error})") from error
 
 
 def safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError("a .safetensors file: first pip install safetensors") from None
+        raise BadInput("a .safetensors file: first pip install safetensors") from None
     return safetensors.torch
 
 
@@ -694,10 +797,11 @@ def load_weights(model, path, head=False):
     layers is copied to each that wants its own, and many become their mean where one is shared.
     Heads and final norms may be missing or of another size, and then keep their init, unless `head`
     asks for them. Returns three lines that say what was loaded, left out and newly initialised.
-    Raises ValueError naming the first tensor that is missing or has another shape.
+    Raises BadInput naming the first tensor that is missing or has another shape.
     """
     state, config = read_weights(path)
-    target, table = model.state_dict(), "relative_position_bias_table"
+    target = model.state_dict()
+    table = "relative_position_bias_table"
     own = [f"blocks.{number}.attn.{table}" for number in range(config.depth)]
     if model.config.position == "relative" and config.position == "shared_relative":
         state |= dict.fromkeys(own, state.pop(f"rel_pos_bias.{table}"))
@@ -714,31 +818,33 @@ def load_weights(model, path, head=False):
             loaded[name] = value
         elif not name.startswith(heads):
             found = "is not in it" if value is None else f"is {tuple(value.shape)} there"
-            raise ValueError(f"{path}: {name} {found} and {tuple(tensor.shape)} in the model; give "
+            raise BadInput(f"{path}: {name} {found} and {tuple(tensor.shape)} in the model; give "
                              "the --size, --variant, --patch_size and classes it was trained with")
     model.load_state_dict(loaded, strict=False)
-    left, new = ([name for name in a if name not in loaded] for a in (state, target))
-    return (f"loaded {len(loaded)} tensors from {path}\nleft out: {', '.join(left) or 'none'}\n"
-            f"newly initialised: {', '.join(new) or 'none'}")
+    left_out = ", ".join(name for name in state if name not in loaded) or "none"
+    new = ", ".join(name for name in target if name not in loaded) or "none"
+    return (f"loaded {len(loaded)} tensors from {path}\nleft out: {left_out}\n"
+            f"newly initialised: {new}")
 
 
 def resize_positions(value, height, width, mode):
     """Position embeddings (1, 1 + N, D), or a relative table (offsets + 3, heads), of a square grid
     for one of height x width patches. Only the 2-D part is interpolated; the [CLS] embedding and
     the three extra rows stay as they are."""
-    table, rows = value.dim() == 2, value.reshape(-1, value.shape[-1])
-    if table:
-        height, width = 2 * height - 1, 2 * width - 1
-    extra, grid_rows = (rows[-3:], rows[:-3]) if table else (rows[:1], rows[1:])
-    old = math.isqrt(len(grid_rows))
+    is_table = value.dim() == 2
+    if is_table:
+        height = 2 * height - 1
+        width = 2 * width - 1
+        rows, extra = value.split([len(value) - 3, 3])
+    else:
+        extra, rows = value[0].split([1, value.shape[1] - 1])
+    old = math.isqrt(len(rows))
     if (old, old) == (height, width):
         return value
-    grid_rows = grid_rows.T.reshape(1, -1, old, old).float()
-    grid_rows = F.interpolate(grid_rows, size=(height, width), mode=mode, align_corners=False)
-    grid_rows = grid_rows.reshape(-1, height * width).T.to(value.dtype)
-    return torch.cat([grid_rows, extra] if table else [extra, grid_rows]).reshape(
-        *value.shape[:-2], -1, value.shape[-1]
-    )
+    rows = rows.T.reshape(1, -1, old, old).float()
+    rows = F.interpolate(rows, size=(height, width), mode=mode, align_corners=False)
+    rows = rows.reshape(-1, height * width).T.to(value.dtype)
+    return torch.cat([rows, extra]) if is_table else torch.cat([extra, rows])[None]
 
 
 def export_weights(path, to, out):
@@ -747,13 +853,13 @@ def export_weights(path, to, out):
     `timm.create_model(..., checkpoint_path=out)`, which the official code reads too."""
     state, config = read_weights(path)
     if not {"lm_head.weight", "head.weight"} & state.keys():
-        raise ValueError(f"{path}: holds neither a masked model nor a classifier, which are what "
+        raise BadInput(f"{path}: holds neither a masked model nor a classifier, which are what "
                          "the other libraries have")
     state = {name: value.float().contiguous() for name, value in state.items()
              if not name.startswith("projector.")}
-    given = {} if os.path.isdir(path) else read_tensors(path).get("config") or {}
-    if given.get("mim_weight") == 0:
-        raise ValueError(f"{path}: was trained without masked image modelling, so that its head is "
+    run_config = {} if os.path.isdir(path) else read_tensors(path).get("config") or {}
+    if run_config.get("mim_weight") == 0:
+        raise BadInput(f"{path}: was trained without masked image modelling, so that its head is "
                          "random; fine-tune it, and export the classifier")
     if to == "timm":
         state.pop("mask_token", None)
@@ -765,11 +871,8 @@ def export_weights(path, to, out):
             state[f"blocks.{number}.attn.relative_position_bias_table"] = shared
         return write_atomically(out, lambda file: torch.save({"model": state}, file))
 
-    classes, words = state.get("head.bias", ()), state.get("lm_head.bias", ())
-    labels = {number: f"LABEL_{number}" for number in range(len(classes))}
-    task = "MaskedImageModeling" if len(words) else "ImageClassification"
-    theirs = dict(
-        model_type="beit", architectures=[f"BeitFor{task}"],
+    hf_config = dict(
+        model_type="beit", architectures=["BeitForImageClassification"],
         image_size=config.image_size, patch_size=config.patch_size, num_channels=3,
         hidden_size=config.dim, num_hidden_layers=config.depth, num_attention_heads=config.heads,
         intermediate_size=int(config.dim * config.mlp_ratio), hidden_act="gelu",
@@ -780,18 +883,25 @@ def export_weights(path, to, out):
         use_shared_relative_position_bias=config.position == "shared_relative",
         use_mean_pooling=True,
     )
-    theirs |= dict(vocab_size=len(words)) if len(words) else {}
-    theirs |= dict(id2label=labels, label2id={v: k for k, v in labels.items()}) if labels else {}
-    half = given.get("norm") == "half"  # what our own run was trained with
-    side = dict(height=config.image_size, width=config.image_size)
-    images = dict(image_processor_type="BeitImageProcessor", do_resize=True, size=side, resample=3,
-                  do_center_crop=False, do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
-                  image_mean=[0.5] * 3 if half else [0.485, 0.456, 0.406],
-                  image_std=[0.5] * 3 if half else [0.229, 0.224, 0.225])
-    tensors = to_transformers(state, config.depth)
-    data = safetensors().save(tensors, metadata={"format": "pt"})
-    files = {"model.safetensors": data, "config.json": json.dumps(theirs, indent=1).encode()}
-    files["preprocessor_config.json"] = json.dumps(images, indent=1).encode()
+    if "lm_head.bias" in state:
+        hf_config["architectures"] = ["BeitForMaskedImageModeling"]
+        hf_config["vocab_size"] = len(state["lm_head.bias"])
+    else:
+        names = {number: f"LABEL_{number}" for number in range(len(state["head.bias"]))}
+        hf_config["id2label"] = names
+        hf_config["label2id"] = {name: number for number, name in names.items()}
+    mean, std = NORMS[run_config.get("norm", "imagenet")]  # what our own run was trained with
+    processor = dict(
+        image_processor_type="BeitImageProcessor", do_resize=True, resample=3, do_center_crop=False,
+        size=dict(height=config.image_size, width=config.image_size), do_rescale=True,
+        rescale_factor=1 / 255, do_normalize=True, image_mean=mean, image_std=std,
+    )
+    tensors = to_transformers(state)
+    files = {
+        "model.safetensors": safetensors().save(tensors, metadata={"format": "pt"}),
+        "config.json": json.dumps(hf_config, indent=1).encode(),
+        "preprocessor_config.json": json.dumps(processor, indent=1).encode(),
+    }
     for name, content in files.items():
         write_atomically(os.path.join(out, name), lambda file: file.write(content))
 
@@ -805,8 +915,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
     try:
         export_weights(options.weights, options.to, options.out)
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (BadInput, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print("wrote", options.out)
 
 
