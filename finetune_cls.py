@@ -324,9 +324,10 @@ def check(config):
     for name in ("eval_crop", "crop_min"):
         if not 0 < getattr(config, name) <= 1:
             raise BadInput(f"--{name}={getattr(config, name)}: give a share, above 0, at most 1")
-    for name in ("smoothing", "erasing"):
-        if not 0 <= getattr(config, name) < 1:
-            raise BadInput(f"--{name}={getattr(config, name)}: give 0 or more, below 1")
+    if not 0 <= config.smoothing < 1:
+        raise BadInput(f"--smoothing={config.smoothing}: give 0 or more, below 1")
+    if not 0 <= config.erasing <= 1:
+        raise BadInput(f"--erasing={config.erasing}: give 0 to 1")
     if not 0 <= config.probe_layer <= depth:
         raise BadInput(f"--probe_layer={config.probe_layer}: give 1 to {depth}, or 0 for all")
 
@@ -352,10 +353,10 @@ def open_labelled(config):
     else:
         train_images = open_classes(config.data, "train")
         val_images = open_classes(config.data, "val")
+    if not train_images.read_label or not val_images.read_label:
+        raise BadInput(f"--data={config.data}: has no labels")
     classes = train_images.classes
     others = val_images.classes
-    if not classes or not train_images.read_label:
-        raise BadInput(f"--data={config.data}: has no labels")
     if classes != others:
         odd = sorted(set(classes) ^ set(others))
         raise BadInput(f"--data={config.data}: {len(classes)} classes in train/, {len(others)} in "
@@ -410,18 +411,17 @@ class LabelledViews(Dataset):
         self.images = images
         self.config = config
         size = config.image_size
-        to_float = v2.ToDtype(torch.float32, scale=True)
-        steps = [v2.ToImage(), to_float, v2.Normalize(*NORMS[config.norm])]
         if train:
             crop = v2.RandomResizedCrop(size, (config.crop_min, 1.0), interpolation=BICUBIC)
-            first = [crop, v2.RandomHorizontalFlip()]
+            steps = [crop, v2.RandomHorizontalFlip()]
             if config.randaug:
-                first += [functools.partial(rand_augment, config.randaug, config.randaug_noise)]
-            steps = first + steps
-            if config.erasing:
-                steps += [v2.RandomErasing(config.erasing, (0.02, 1 / 3), value="random")]
+                steps += [functools.partial(rand_augment, config.randaug, config.randaug_noise)]
         else:
-            steps = [centre_crop(size, config.eval_crop), *steps]
+            steps = [centre_crop(size, config.eval_crop)]
+        steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        steps += [v2.Normalize(*NORMS[config.norm])]
+        if train and config.erasing:
+            steps += [v2.RandomErasing(config.erasing, (0.02, 1 / 3), value="random")]
         self.transform = v2.Compose(steps)
 
     def __len__(self):
@@ -540,10 +540,11 @@ def probed_layers(config, arch):
 def probe(config):
     """--task=probe: train the classifiers, and print the accuracy of each."""
     check(config)
+    preset = f"{config.data}_probe" if f"{config.data}_probe" in PRESETS else "probe"
     for name, plain in PLAIN.items():
         if getattr(config, name) != plain:
             raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
-                           "crops and flips only (appendix D); give --preset=probe, or DATA_probe")
+                           f"crops and flips only (appendix D); give --preset={preset}")
     done = train(config, LinearProbing)
     if done and rank() == 0:
         print_table(read_metrics(os.path.join(config.out, "metrics.jsonl"))[-1])
@@ -654,29 +655,29 @@ def attention(config):
     if config.query:
         numbers = re.fullmatch(r"(\d+),(\d+)", config.query)
         row, column = map(int, numbers.groups()) if numbers else (arch.grid, arch.grid)
-        if max(row, column) >= arch.grid:
-            raise BadInput(f"--query={config.query}: give row,column, each from 0 to "
-                           f"{arch.grid - 1}")
+        last = arch.grid - 1
+        if max(row, column) > last:
+            raise BadInput(f"--query={config.query}: give row,column, each from 0 to {last}")
     if os.path.isfile(config.data):
         images = Images([config.data], read_image, config.data)
     else:
         images = local_rank0_first(open_images, config.data, arch.image_size, 8)[1]
     view = v2.Compose([centre_crop(arch.image_size, config.eval_crop), v2.PILToTensor()])
     patch = arch.patch_size
-    inner = F.pad(torch.ones(patch - 2, patch - 2), (1, 1, 1, 1)).bool()
-    frame = torch.zeros(arch.image_size, arch.image_size, dtype=torch.bool)
-    frame[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch] = ~inner
-    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1)
-    glow = torch.tensor([1.0, 0.8, 0.2], device=device).view(3, 1, 1)
+    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+    glow = torch.tensor([1.0, 0.8, 0.2]).view(3, 1, 1)
     for index in range(len(images)):
-        image = view(images.load(index, config.skip_bad_images)[0])[None].to(device)
-        probs = model.attention_probs(normalise(image, config.norm))
-        probs = probs[0, :, 1 + row * arch.grid + column, 1:]  # from that patch: (heads, N)
-        heat = probs.view(-1, 1, arch.grid, arch.grid)
+        image = view(images.load(index, config.skip_bad_images)[0])[None]
+        probs = model.attention_probs(normalise(image.to(device), config.norm)).cpu()
+        heat = probs[0, :, 1 + row * arch.grid + column, 1:]  # from that patch to all: (heads, N)
+        heat = heat.view(-1, 1, arch.grid, arch.grid)
         heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=arch.image_size)
         image = image / 255
         panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
-        panels[:, :, frame] = red
+        framed = panels[:, :, row * patch :, column * patch :][:, :, :patch, :patch]
+        inner = framed[:, :, 1:-1, 1:-1].clone()
+        framed[:] = red
+        framed[:, :, 1:-1, 1:-1] = inner
         titles = ["query"] + [f"head {number}" for number in range(len(heat))]
         stem = os.path.splitext(os.path.basename(images.name(index)))[0]
         path = os.path.join(config.out, "attention_" + re.sub(r"\W+", "_", stem) + ".png")

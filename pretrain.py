@@ -133,12 +133,11 @@ class Config(RunConfig):
     contrast_on: Literal["cls", "mean"] = "cls"  # pooled feature it uses: [CLS], or the mean patch
     contrast_weight: float = 1.0  # of that loss; a large one makes patch features uniform
     mim_weight: float = 1.0  # of masked image modelling; 0: plain DINO, MoCo v3 or SimCLR
-    local_crops: int = 0  # small views for DINO, beside MIM as in app. E (8 there, 4.2x the cost)
+    local_crops: int = 0  # small views for DINO, as in app. E of the paper (8 there, 4.2x the cost)
     projector_dim: int = 0  # hidden units of its head, fewer for small ViTs; 0: the method's own
     prototypes: int = 65_536  # outputs of DINO's head; fewer for small data
     teacher_momentum: float = 0.0  # at the start, then up to 1; less in short runs; 0: the method's
     teacher_temperature: float = 0.07  # of DINO's targets, from 0.04; runs of few steps stay there
-    # planning
     dry_run: bool = False  # print the plan of the run, without data, and stop
     processes: int = 0  # GPUs that the plan is for; 0: as many as run it
     images_per_s: float = 0.0  # of one process, for the plan's days; 0: measured now. V100: 148
@@ -427,10 +426,9 @@ def make_prerequisite(config, target):
     """Train a tokenizer into OUT/tokenizer. Returns whether it is done."""
     task, make = PREREQUISITES[target]
     options = {name: getattr(config, name) for name in TOKENIZER_OPTIONS}
-    steps = config.tokenizer_steps
-    warmup = min(config.tokenizer_warmup, steps // 4)
-    done = make(Config(task=task, out=f"{config.out}/tokenizer", steps=steps, warmup_steps=warmup,
-                       warmup_epochs=0.0, lr=config.tokenizer_lr, **options))
+    warmup = min(config.tokenizer_warmup, config.tokenizer_steps // 4)
+    done = make(Config(task=task, out=f"{config.out}/tokenizer", steps=config.tokenizer_steps,
+                       warmup_steps=warmup, warmup_epochs=0.0, lr=config.tokenizer_lr, **options))
     all_reduce_sum(0)  # other machines wait until the first has written it
     return done
 
