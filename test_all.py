@@ -2443,6 +2443,14 @@ def test_the_contrastive_loss_in_the_readme_trains(tmp_path, monkeypatch):
     assert len(example.strip().splitlines()) <= 20
     monkeypatch.setitem(CONTRASTIVE_LOSSES, "barlow", None)  # taken out again after the test
     exec(example, dict(vars(model)))
-    words = ["--contrast=barlow", "--tokenizer=pixel", "--projector_dim=16", "--steps=20"]
-    losses = [line["contrast_loss"] for line in toy(tmp_path, *words, "--lr=1e-3")]
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
+    words = ["--contrast=barlow", "--tokenizer=pixel", "--projector_dim=16", "--drop_path=0"]
+    line = toy(tmp_path, *words, "--steps=2")[-1]
+    assert line["step"] == 2 and math.isfinite(line["contrast_loss"])
+    objective, batch = contrastive(*words)
+    optimizer = torch.optim.Adam(objective.model.parameters(), 1e-3)
+    losses = []
+    for _ in range(12):  # always the same images: a toy batch of others is too noisy
+        loss, metrics = objective(batch(0), [1, 8], 0.0)
+        losses.append(metrics["contrast_loss"].item())
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
