@@ -410,6 +410,8 @@ def make_objective(config, device, tokenizer=None):
 
 def find_objective(config):
     contrast = config.task == "mim" and config.contrast != "none"
+    if not contrast and (config.mim_weight != 1 or config.local_crops):
+        raise BadInput("--mim_weight and --local_crops go with a contrastive loss: give --contrast")
     return OBJECTIVES["contrast" if contrast else config.task]
 
 
@@ -436,6 +438,8 @@ def make_prerequisite(config, target):
 def main(argv=None):
     config = parse_args(Config, PRESETS, CHOICES, argv, __doc__)
     if config.task in OTHER_TASKS:
+        if config.dry_run:
+            raise BadInput(f"--dry_run: --task={config.task} takes minutes and has no plan")
         return OTHER_TASKS[config.task](config)
     objective_class = find_objective(config)
     objective_class.check(config)
