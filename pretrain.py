@@ -409,7 +409,9 @@ def make_objective(config, device, tokenizer=None):
 
 
 def find_objective(config):
-    contrast = config.task == "mim" and config.contrast != "none"
+    contrast = config.task in ("mim", "contrast") and config.contrast != "none"
+    if config.task == "contrast" and config.contrast == "none":
+        raise BadInput("--task=contrast: give --contrast, which says on what loss")
     if not contrast and (config.mim_weight != 1 or config.local_crops):
         raise BadInput("--mim_weight and --local_crops go with a contrastive loss: give --contrast")
     return OBJECTIVES["contrast" if contrast else config.task]
