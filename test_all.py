@@ -118,6 +118,15 @@ def error_of(capsys, *words, script=pretrain):
     return text
 
 
+def help_of(capsys, script=pretrain):
+    """What --help says of the options, on one line."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    text = re.split("positional arguments:|options:", capsys.readouterr().out, maxsplit=1)[1]
+    return " ".join(text.split())
+
+
 def check_errors(capsys, common, cases, script=pretrain):
     """`cases` are (words beside the common ones, what the message must say)."""
     for words, message in cases:
@@ -1124,26 +1133,26 @@ def test_the_defaults_are_the_papers_table_12():
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values())
-def test_every_field_has_a_text_and_is_read(script):
+def test_every_field_has_a_text_and_is_read(script, capsys):
     def source(name):
         return open(os.path.join(HERE, name)).read()
 
     # the networks' configs in model.py and tokenizer.py have fields of the same names: what reads
     # a run's options there are the contrastive losses, and `untrained`, which gets all of them
-    text = source("pretrain.py") + source("masking.py") + source(script.__file__)
-    text += source("model.py").partition("# ---- contrastive losses")[2]
+    code = source("pretrain.py") + source("masking.py") + source(script.__file__)
+    code += source("model.py").partition("# ---- contrastive losses")[2]
     # a name in a list of what is shared or may change, or in a preset, is not read
     lists = r"(?ms)^(TOKENIZER_OPTIONS|MAY_CHANGE_ON_RESUME) = \(.*?^\)"
-    text = re.sub(lists, "", text)
-    read = set(re.findall(r"config\.(\w+)", text) + re.findall(r"\"(\w+)\"(?!:)", text))
+    code = re.sub(lists, "", code)
+    read = set(re.findall(r"config\.(\w+)", code) + re.findall(r"\"(\w+)\"(?!:)", code))
     for options in re.findall(r"def untrained\((.*?)\)", source("tokenizer.py")):
         read |= set(options.split(", "))
     texts = pretrain.field_texts(script.Config)
-    help_text = " ".join(python(script.__file__, "--help").stdout.split())
+    help_text = help_of(capsys, script)
     for field in fields(script.Config):
-        assert len(texts[field.name].split()) >= 2 and field.name in read, field.name
-        assert field.name in help_text
-        assert " ".join(texts[field.name].split()) in help_text, field.name
+        text = " ".join(texts[field.name].split())
+        assert len(text.split()) >= 2 and field.name in read, field.name
+        assert re.search(rf"\b{field.name} .*?{re.escape(text)}", help_text), field.name
 
 
 def test_the_schedules():
@@ -1248,9 +1257,7 @@ def test_a_fork_is_one_function_and_one_line(tmp_path, monkeypatch, capsys):
     assert line["contrast_loss"] == 7 and abs(line["mim_loss"] / 10 - 1) < 0.1
     assert all((images * 255 - 0x4D).abs().max() < 1e-3 for images in seen_images)
 
-    with pytest.raises(SystemExit):
-        pretrain.main(["--help"])
-    help_text = " ".join(capsys.readouterr().out.rpartition("options:")[2].split())
+    help_text = help_of(capsys)
     for option, (_, name, _) in added.items():
         assert name in re.search(rf"--{option} (.*?)( --|$)", help_text)[1], option
         text = error_of(capsys, *TOY, f"--out={tmp_path}/wrong", f"--{option}=wrong")
@@ -2443,14 +2450,15 @@ def test_the_contrastive_loss_in_the_readme_trains(tmp_path, monkeypatch):
     assert len(example.strip().splitlines()) <= 20
     monkeypatch.setitem(CONTRASTIVE_LOSSES, "barlow", None)  # taken out again after the test
     exec(example, dict(vars(model)))
-    words = ["--contrast=barlow", "--tokenizer=pixel", "--projector_dim=16", "--drop_path=0"]
+    words = ["--contrast=barlow", "--tokenizer=pixel", "--projector_dim=16"]
     line = toy(tmp_path, *words, "--steps=2")[-1]
-    assert line["step"] == 2 and math.isfinite(line["contrast_loss"])
-    objective, batch = contrastive(*words)
-    optimizer = torch.optim.Adam(objective.model.parameters(), 1e-3)
+    assert line["step"] == 2 and line["val_feature_std"] > 0.1
+    objective, batch = contrastive(*words, "--drop_path=0")
+    optimizer = torch.optim.Adam(objective.model.parameters(), lr=1e-3)
+    batch = batch(0)
     losses = []
-    for _ in range(12):  # always the same images: a toy batch of others is too noisy
-        loss, metrics = objective(batch(0), [1, 8], 0.0)
-        losses.append(metrics["contrast_loss"].item())
+    for _ in range(20):
+        loss, metrics = objective(batch, objective.denominators(batch), 0.0)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-    assert losses[-1] < 0.7 * losses[0]
+        losses.append(metrics["contrast_loss"])
+    assert losses[-1] < 0.5 * losses[0], losses
