@@ -408,15 +408,6 @@ def make_objective(config, device, tokenizer=None):
     return objective_class(config, tokenizer).to(device)
 
 
-def find_objective(config):
-    contrast = config.task in ("mim", "contrast") and config.contrast != "none"
-    if config.task == "contrast" and config.contrast == "none":
-        raise BadInput("--task=contrast: give --contrast, which says on what loss")
-    if not contrast and (config.mim_weight != 1 or config.local_crops):
-        raise BadInput("--mim_weight and --local_crops go with a contrastive loss: give --contrast")
-    return OBJECTIVES["contrast" if contrast else config.task]
-
-
 # What a tokenizer's training shares with the run that needs it. No other option changes it.
 TOKENIZER_OPTIONS = (
     "data", "image_size", "patch_size", "crop_min", "jitter", "val_images", "skip_bad_images",
@@ -649,8 +640,8 @@ class MIMWithContrast(MaskedImageModelling):
     def finish(self, sums, denominators):
         """`feature_std` is the standard deviation of the head's outputs, normalised to length 1,
         times the root of their number: about 1 if they point everywhere, 0 if all collapsed."""
-        mean = sums.pop("z") / denominators[1]
-        variance = sums.pop("z_square") / denominators[1] - mean**2
+        mean = sums["z"] / denominators[1]
+        variance = sums["z_square"] / denominators[1] - mean**2
         feature_std = np.sqrt(variance.clip(0)).mean() * math.sqrt(len(mean))
         metrics = super().finish(sums, denominators) if self.mim_weight else {}
         return {**metrics, "feature_std": feature_std}
@@ -810,6 +801,16 @@ OBJECTIVES = {
 OTHER_TASKS = {"pca": fit_pca}
 # kinds of --tokenizer that are made first where no file is named: the task, and what does it
 PREREQUISITES = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
+
+
+def find_objective(config):
+    contrast = config.task in ("mim", "contrast") and config.contrast != "none"
+    if config.task == "contrast" and config.contrast == "none":
+        raise BadInput("--task=contrast: give --contrast, which says on what loss")
+    if not contrast and (config.mim_weight != 1 or config.local_crops):
+        raise BadInput("--mim_weight and --local_crops go with a contrastive loss: give --contrast")
+    return OBJECTIVES["contrast" if contrast else config.task]
+
 
 # ==== Plumbing, which all three scripts share =====================================================
 

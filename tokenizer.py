@@ -106,7 +106,8 @@ class ContinuousTarget(nn.Module):
         """The loss of always predicting the mean target, and the share of it that is saved."""
         *value, square = means["moments"]
         constant = square - np.square(value).mean()
-        return {"constant_loss": constant, "explained": 1 - means["loss"] / constant}
+        explained = 1 - means["loss"] / constant if constant > 0 else 0.0
+        return {"constant_loss": constant, "explained": explained}
 
 
 # ---- DALL-E's dVAE -------------------------------------------------------------------------------
