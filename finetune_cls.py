@@ -351,8 +351,8 @@ def open_labelled(config):
         train_images = DATASETS[kind](True, config.image_size, argument)
         val_images = DATASETS[kind](False, config.image_size, argument)
     else:
-        train_images = open_classes(config.data, "train")
         val_images = open_classes(config.data, "val")
+        train_images = open_classes(config.data, "train", without=val_images.keys)
     if not train_images.read_label or not val_images.read_label:
         raise BadInput(f"--data={config.data}: has no labels")
     classes = train_images.classes
@@ -370,13 +370,14 @@ def open_labelled(config):
     return train_images, val_images
 
 
-def open_classes(folder, part):
-    """The images of folder/part/CLASS/; classes are numbered in the order of their names."""
+def open_classes(folder, part, without=()):
+    """The images of folder/part/CLASS/; classes are numbered in the order of their names. Those
+    `without` are left out."""
     where = os.path.join(folder, part)
     if not os.path.isdir(where):
         raise BadInput(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/, or is "
                        f"one of {', '.join(DATASETS)}")
-    images = folder_images(where)
+    images = folder_images(where, without)
     names = {}
     for path in images.keys:
         names[path], _, rest = os.path.relpath(path, where).partition(os.sep)

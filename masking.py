@@ -146,21 +146,65 @@ class Images:
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 
 
-def folder_images(folder):
-    """All images in a folder and below it, in the order of their paths."""
-    paths = []
-    for where, _, names in os.walk(folder, followlinks=True):
-        paths += [os.path.join(where, name) for name in names if name.lower().endswith(ENDINGS)]
-    return Images(sorted(paths), read_image, folder)
+def folder_images(folder, without=()):
+    """All images in a folder and below it, in the order of their paths: each real file once, by
+    however many links, and not those that the paths in `without` lead to. Hidden files and folders
+    are left out, and those that macOS adds to archives."""
+    held_out = {os.path.realpath(path) for path in without}
+    found = {}  # real path -> path
+    visited = set()
+    folders = [folder] if os.path.isdir(folder) else []
+    links = []  # to folders, after the real ones: the real path of a file is preferred
+    while folders or links:
+        where = (folders or links).pop()
+        real = os.path.realpath(where)
+        if real in visited:  # a link may lead back to a folder above it
+            continue
+        visited.add(real)
+        try:
+            entries = sorted(os.scandir(where), key=lambda entry: entry.name)
+        except OSError as error:
+            raise BadInput(f"{where}: cannot be read ({error.strerror})") from error
+        for entry in entries:
+            is_link = entry.is_symlink()
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                (links if is_link else folders).append(entry.path)
+            elif entry.name.lower().endswith(ENDINGS):
+                file = os.path.realpath(entry.path) if is_link else os.path.join(real, entry.name)
+                if not is_link or file not in found:
+                    found[file] = entry.path
+    kept = [path for file, path in found.items() if file not in held_out]
+    return Images(sorted(kept), read_image, folder)
+
+
+LONGEST = 100  # a longer strip would need gigabytes when its short side is resized
 
 
 def read_image(path):
     """The picture in a file as 8-bit RGB, turned as its EXIF tag says."""
     with Image.open(path) as image:
+        if max(image.size) > LONGEST * min(image.size):
+            width, height = image.size
+            raise ValueError(f"{width}x{height} pixels, a side over {LONGEST} times the other")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":
+            image = Image.fromarray(to_8_bits(np.asarray(image)))
         return image.convert("RGB")
+
+
+def to_8_bits(values):
+    """Grey values of any kind -> uint8. Their largest one tells what they fill: floats go up to 1,
+    integers have 8 bits, the 12 of a scanner, or 16."""
+    largest = values.max()
+    ranges = [255, 2**12 - 1, 2**16 - 1]
+    if values.dtype.kind == "f":
+        ranges.insert(0, 1)
+    fitting = [top for top in ranges if largest <= top]
+    if not fitting or not values.min() >= 0:  # so that nan is refused too
+        raise ValueError(f"has values from {values.min()} to {largest}; save it with 8 or 16 bits")
+    return np.round(values * (255 / fitting[0])).astype(np.uint8)
 
 
 def open_images(data, image_size, val_images):
@@ -173,8 +217,8 @@ def open_images(data, image_size, val_images):
     elif not os.path.isdir(data):
         raise BadInput(f"--data={data}: no such folder, and none of {', '.join(DATASETS)}")
     elif os.path.isdir(os.path.join(data, "train")):
-        train = folder_images(os.path.join(data, "train"))
         val = folder_images(os.path.join(data, "val"))
+        train = folder_images(os.path.join(data, "train"), without=val.keys)
     else:
         train = folder_images(data)
         val = []

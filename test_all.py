@@ -338,6 +338,48 @@ def test_every_kind_of_image_file_becomes_upright_rgb(tmp_path):
     assert read.shape == (30, 20, 3) and np.array_equal(read, np.rot90(colour, -1))
 
 
+@pytest.mark.parametrize(
+    "dtype, top, name",
+    [(np.float32, 1, "tif"), (np.float32, 255, "tif"), (np.float32, 65535, "tif"),
+     (np.int32, 255, "tif"), (np.int32, 4095, "tif"), (np.uint16, 255, "tif"),
+     (np.uint16, 4095, "tif"), (np.uint16, 65535, "png")],
+)
+def test_deep_images_are_as_bright_as_what_they_hold(dtype, top, name, tmp_path):
+    ramp = np.linspace(0, 1, 20 * 30).reshape(20, 30)
+    Image.fromarray((ramp * top).astype(dtype)).save(tmp_path / f"deep.{name}")
+    read = np.asarray(masking.read_image(tmp_path / f"deep.{name}"))
+    assert np.abs(read - ramp[..., None] * 255).max() <= 1
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, 1e6])
+def test_an_image_of_other_numbers_and_a_strip_are_refused(value, tmp_path):
+    Image.fromarray(np.array([[0.5, value]], np.float32)).save(tmp_path / "odd.tif")
+    Image.new("L", (2, 60_000)).save(tmp_path / "strip.png")
+    for name, message in (("odd.tif", "8 or 16 bits"), ("strip.png", "2x60000 pixels")):
+        images = masking.folder_images(tmp_path)
+        with pytest.raises(BadInput, match=f"{name}.*{message}"):
+            images.load(images.keys.index(str(tmp_path / name)))
+
+
+def test_each_real_file_counts_once_and_hidden_ones_do_not(tmp_path):
+    make_folder(tmp_path / "train", 9)
+    make_folder(tmp_path / "val", 3)
+    (tmp_path / "train" / "up").symlink_to(tmp_path)  # leads back to train/, and to val/
+    (tmp_path / "train" / "again").symlink_to(tmp_path / "train" / "class0")
+    (tmp_path / "train" / "copy.png").symlink_to(tmp_path / "val" / "class0" / "deep" / "0.png")
+    for name in ("._0.png", ".ipynb_checkpoints/0.png", "__MACOSX/0.png"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"no image")
+    elsewhere = make_folder(tmp_path / "elsewhere", 2)
+    (tmp_path / "train" / "linked").symlink_to(elsewhere)
+    train, val = masking.open_images(str(tmp_path), 32, 2048)
+    real = [os.path.realpath(path) for path in train.keys]
+    assert len(train) == len(set(real)) == 11 and len(val) == 3
+    assert not set(real) & {os.path.realpath(path) for path in val.keys}
+    assert not any("/again/" in path for path in train.keys)  # the real path is preferred
+    assert len(masking.folder_images(tmp_path)) == 14
+
+
 def test_folders_are_searched_recursively_and_split(tmp_path):
     train, val = masking.open_images(str(make_folder(tmp_path / "flat", 30)), 32, 2048)
     assert len(train) == 27 and len(val) == 3  # a tenth is held out
@@ -2272,16 +2314,74 @@ def test_label_maps_of_every_kind(tmp_path):
     Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "deep.png")
     eight.putpalette(np.random.default_rng(0).integers(0, 255, 768).astype(np.uint8).tobytes())
     eight.save(tmp_path / "palette.png")
-    for name in ("grey", "deep", "palette"):
+    Image.fromarray(labels.astype(np.uint8)).convert("RGB").save(tmp_path / "rgb.png")
+    for name in ("grey", "deep", "palette", "rgb"):
         assert np.array_equal(finetune_seg.read_labels(tmp_path / f"{name}.png"), labels)
     config = finetune_seg.Config(num_classes=11)
-    found = finetune_seg.classes_of(labels, config, "x.png", (3, 4))
+    found = finetune_seg.classes_of(labels, config, "x.png")
     assert np.array_equal(found.flatten(), [-1, *range(11)])
     config = finetune_seg.Config(num_classes=12, ignore_zero=False)
-    assert np.array_equal(finetune_seg.classes_of(labels, config, "x.png", (3, 4)), labels)
+    assert np.array_equal(finetune_seg.classes_of(labels, config, "x.png"), labels)
     for ignore in (True, False):  # 255 is what many tools write for "nothing"
         config = finetune_seg.Config(num_classes=5, ignore_zero=ignore)
-        assert finetune_seg.classes_of(np.array([[255, 1]]), config, "x", (1, 2))[0, 0] == -1
+        assert finetune_seg.classes_of(np.array([[255, 1]]), config, "x")[0, 0] == -1
+    config = finetune_seg.Config(num_classes=3, label_values="0, 255,7")  # others are ignored
+    found = finetune_seg.classes_of(np.array([[255, 0, 3, 7, 70_000]]), config, "x")
+    assert np.array_equal(found, [[1, 0, -1, 2, -1]])
+
+
+@pytest.mark.parametrize("turn, rotations", [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_label_maps_are_of_the_upright_picture_unless_their_size_says_otherwise(
+    turn, rotations, tmp_path
+):
+    """EXIF's 3 is to be turned by 180 degrees, 6 by 90 clockwise, 8 by 90 the other way."""
+    stored = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    upright = np.rot90(stored, rotations)
+    photo = Image.fromarray(stored * 20).convert("RGB")
+    photo.getexif()[0x0112] = turn
+    photo.save(tmp_path / "photo.jpg", quality=100, exif=photo.getexif())
+    seen = np.asarray(masking.read_image(tmp_path / "photo.jpg"))[..., 0]
+    assert np.abs(seen / 20 - upright).max() < 0.3
+    as_seen = {"of_upright": upright}
+    if stored.shape != upright.shape:
+        as_seen["of_stored"] = stored
+    for name, labels in as_seen.items():
+        Image.fromarray(labels).save(tmp_path / f"{name}.png")
+        label_maps = {tmp_path / "photo.jpg": tmp_path / f"{name}.png"}
+        found = finetune_seg.read_label_map(label_maps, tmp_path / "photo.jpg")
+        assert np.array_equal(found, upright), name
+
+
+def test_binary_label_maps_of_drawing_tools(tmp_path, capsys):
+    """0 and 255: useless as they are, and one line says so; with --label_values they are learnt,
+    and predicted label maps have these numbers again."""
+    rng = np.random.default_rng(0)
+    for part in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / part).mkdir(parents=True)
+        for number in range(6):
+            labels = np.full((40, 40), 255, np.uint8)
+            labels[:, : rng.integers(10, 30)] = 0
+            image = np.where(labels, 200, 30).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / "images" / part / f"{number}.png")
+            Image.fromarray(labels).save(tmp_path / "annotations" / part / f"{number}.png")
+    common = [*TOY_SEG, f"--data={tmp_path}", f"--out={tmp_path}/out", "--num_classes=2"]
+    check_errors(capsys, common, (
+        ("", "0 of --num_classes=2 occur in its label maps, which hold"),
+        ("--ignore_zero=false", "1 of --num_classes=2 occur"),
+        ("--num_classes=1", "--num_classes=2 --label_values=0,255"),
+        ("--label_values=0", "give --num_classes=2 different numbers"),
+        ("--label_values=0,all", "give --num_classes=2 different numbers"),
+    ), script=finetune_seg)
+    words = [f"--data={tmp_path}", "--num_classes=2", "--label_values=0,255", "--lr=1e-2"]
+    lines = toy_seg(tmp_path / "out", *words, "--steps=30")
+    assert lines[-1]["val_miou"] > 0.7
+    assert "2 of 2 classes occur, 0.0% of the pixels are ignored" in capsys.readouterr().out
+    finetune_seg.main([*TOY_SEG, *words, f"--weights={tmp_path}/out/checkpoint.pt",
+                       f"--data={tmp_path}/images/validation", "--task=predict",
+                       f"--out={tmp_path}/predicted"])
+    predicted = np.asarray(Image.open(tmp_path / "predicted" / "labels" / "0.png"))
+    assert set(np.unique(predicted)) == {0, 255}
 
 
 def test_training_crops_keep_image_and_labels_together(mapped):
@@ -2379,7 +2479,7 @@ def test_accumulation_of_uneven_pixels_is_the_mean_over_all(mapped):
 
 
 def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
-    def folder(name, labels, size=(40, 40)):
+    def folder(name, labels, size=(40, 40), ending="tif"):
         for part in ("training", "validation"):
             for kind in ("images", "annotations"):
                 (tmp_path / name / kind / part).mkdir(parents=True)
@@ -2388,18 +2488,24 @@ def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
                 image.save(tmp_path / name / "images" / part / f"{number}.png")
                 if labels is not None:
                     labels.resize(size).save(
-                        tmp_path / name / "annotations" / part / f"{number}.png"
+                        tmp_path / name / "annotations" / part / f"{number}.{ending}"
                     )
         return f"--data={tmp_path}/{name}"
 
-    grey = Image.fromarray(np.full((40, 40), 2, np.uint8))
+    grey = Image.fromarray(np.arange(1600).reshape(40, 40).astype(np.uint8) % 3)
     high = Image.fromarray(np.full((40, 40), 9, np.uint8))
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 9, (40, 40, 3)).astype(np.uint8))
     check_errors(capsys, [*TOY_SEG, f"--out={tmp_path}/out", f"--data={mapped}"], (
-        (f"--data={tmp_path}", "images/training: no such folder"),
+        (f"--data={tmp_path}", "images/validation: no such folder"),
         (folder("missing", None), "0.png: has no label map of its name"),
-        (folder("size", grey, (30, 40)), "a label map of 30x40 for an image of 40x40"),
+        (folder("size", grey, (30, 40)), "its label map has 30x40 pixels, the image 40x40"),
         (folder("high", high), "label 9 is above 3, the last of --num_classes=3"),
-        (folder("colour", grey.convert("RGB")), "a label map has one channel, not 3 colours"),
+        (folder("colour", colours), "a label map has one channel of whole numbers"),
+        (folder("floats", grey.convert("F")), "a label map has one channel of whole numbers"),
+        (folder("jpeg", grey, ending="jpg"), "a JPEG; its compression makes up labels"),
+        ("--micro_batch=0", "--micro_batch=0: give 1 or more"),
+        ("--val_images=-1", "--val_images=-1: give 0 or more"),
+        ("--scales=nan", "--scales=nan: give numbers above 0"),
         ("--scales=1,big", "--scales=1,big: give numbers above 0"),
         ("--task=eval", "--task=eval: give --weights=FILE"),
         ("--patch_size=16 --image_size=40", "no multiple of patch_size"),
