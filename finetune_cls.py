@@ -39,9 +39,9 @@ from masking import (
 )
 from model import Classifier, LinearProbes, ViT, load_weights, read_weights, write_atomically
 from pretrain import (
-    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, learning_rate, local_rank0_first, log,
-    no_progress_bar, parse_args, prepare, read_metrics, run, run_length, save_columns, setup_device,
-    vit_config,
+    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
+    local_rank0_first, log, no_progress_bar, parse_args, prepare, read_metrics, run, run_length,
+    save_columns, setup_device, vit_config,
 )
 
 # ---- options -------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def train(config, objective_class=Classification):
 
     for step, batch in enumerate(loader, start):
         # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the means are over in the global batch, and whether a process was asked to stop.
+        # the sums are divided by, and whether a process was asked to stop.
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break
@@ -263,10 +263,10 @@ def train(config, objective_class=Classification):
             metrics["loss"] = metrics.get("loss", 0) + loss.detach()
         if config.sam_rho:
             sam_gradients(model, micros, denominators, scaler, config, dtype, seed)
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update()  # and this lowers the scale
         optimizer.zero_grad(set_to_none=True)
 
         # the logger adds up the processes' shares; this norm is the same in all of them
@@ -313,29 +313,24 @@ def evaluate_weights(config):
 
 
 def check(config):
-    """Raise BadInput for values that would fail late or mean nothing."""
+    """Raise BadInput for values that mean nothing, before anything is loaded."""
     depth = vit_config(config, shared=False).depth  # says so if there is no such network
     if config.weights == "none" and config.task != "train":
         raise BadInput(f"--task={config.task}: give --weights=FILE, what it is to look at")
-    bounds = {"micro_batch": 1, "repeats": 1, "neighbours": 1, "mixup": 0, "cutmix": 0}
-    for name, least in bounds.items():
-        if getattr(config, name) < least:
-            raise BadInput(f"--{name}={getattr(config, name)}: give {least} or more")
-    for name in ("eval_crop", "crop_min"):
-        if not 0 < getattr(config, name) <= 1:
-            raise BadInput(f"--{name}={getattr(config, name)}: give a share, above 0, at most 1")
-    if not 0 <= config.smoothing < 1:
-        raise BadInput(f"--smoothing={config.smoothing}: give 0 or more, below 1")
-    if not 0 <= config.erasing <= 1:
-        raise BadInput(f"--erasing={config.erasing}: give 0 to 1")
-    if not 0 <= config.probe_layer <= depth:
-        raise BadInput(f"--probe_layer={config.probe_layer}: give 1 to {depth}, or 0 for all")
+    check_range(config, 1, math.inf, "repeats", "neighbours")
+    check_range(config, 0, math.inf, "mixup", "cutmix", "randaug_noise", "labels_per_class",
+                "sam_rho")
+    check_range(config, 0.01, 1, "eval_crop", "crop_min")
+    check_range(config, 0, 0.99, "smoothing")
+    check_range(config, 0, 1, "erasing")
+    check_range(config, 0, 10, "randaug")
+    check_range(config, 0, depth, "probe_layer")
 
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
     if config.runs and config.task != "curves":
-        raise BadInput(f"{config.runs[0]}: what is this for? An option is --NAME=VALUE")
+        raise BadInput(f"{config.runs[0]}: is no option; those are --NAME=VALUE")
     return TASKS[config.task](config)
 
 
@@ -392,7 +387,7 @@ def open_classes(folder, part, without=()):
 
 
 def few_of_each(labels, count, seed):
-    """The places of `count` labels of each class, drawn by the seed, in order."""
+    """The indices of `count` labels of each class, drawn by the seed, in order."""
     order = np.random.default_rng(seed).permutation(len(labels))
     kept = [order[labels[order] == label][:count] for label in np.unique(labels)]
     return np.sort(np.concatenate(kept)).tolist()
@@ -508,8 +503,8 @@ def sam_perturb(parameters, rho):
 
 
 class LinearProbing(Classification):
-    """A linear classifier per layer of a frozen network (appendix D): the mean of their losses. Of
-    the metrics the best layer's count; each layer's accuracy is `top1_layer_N`."""
+    """A linear classifier per layer of a frozen network (appendix D): the mean of their losses. The
+    metrics are the best layer's; each layer's accuracy is `top1_layer_N`."""
 
     def make_model(self, config, num_classes):
         arch = vit_config(config, shared=False)
@@ -541,11 +536,11 @@ def probed_layers(config, arch):
 def probe(config):
     """--task=probe: train the classifiers, and print the accuracy of each."""
     check(config)
-    preset = f"{config.data}_probe" if f"{config.data}_probe" in PRESETS else "probe"
     for name, plain in PLAIN.items():
         if getattr(config, name) != plain:
             raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
-                           f"crops and flips only (appendix D); give --preset={preset}")
+                           "crops and flips only (appendix D); give --preset=probe, or another "
+                           "that ends so")
     done = train(config, LinearProbing)
     if done and rank() == 0:
         print_table(read_metrics(os.path.join(config.out, "metrics.jsonl"))[-1])
@@ -562,8 +557,8 @@ def print_table(metrics):
 
 @torch.no_grad()
 def knn(config):
-    """--task=knn: accuracy of the vote of the nearest training images, by their mean patch
-    features: no training, so that one can watch a pre-training improve."""
+    """--task=knn: accuracy of a vote of the nearest training images, by their mean patch features:
+    it needs no training, so that one can watch a pre-training improve."""
     check(config)
     if world_size() > 1:
         raise BadInput("--task=knn runs in one process: start it without torchrun")
@@ -665,7 +660,7 @@ def attention(config):
         images = local_rank0_first(open_images, config.data, arch.image_size, 8)[1]
     view = v2.Compose([centre_crop(arch.image_size, config.eval_crop), v2.PILToTensor()])
     patch = arch.patch_size
-    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1)
     glow = torch.tensor([1.0, 0.8, 0.2]).view(3, 1, 1)
     for index in range(len(images)):
         image = view(images.load(index, config.skip_bad_images)[0])[None]
@@ -676,9 +671,9 @@ def attention(config):
         image = image / 255
         panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
         framed = panels[:, :, row * patch :, column * patch :][:, :, :patch, :patch]
-        inner = framed[:, :, 1:-1, 1:-1].clone()
-        framed[:] = red
-        framed[:, :, 1:-1, 1:-1] = inner
+        for edge in (0, -1):
+            framed[:, :, edge] = red
+            framed[:, :, :, edge] = red
         titles = ["query"] + [f"head {number}" for number in range(len(heat))]
         stem = os.path.splitext(os.path.basename(images.name(index)))[0]
         path = os.path.join(config.out, "attention_" + re.sub(r"\W+", "_", stem) + ".png")

@@ -39,8 +39,9 @@ from masking import (
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
-    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, learning_rate, local_rank0_first, log,
-    no_progress_bar, parse_args, prepare, run, run_length, save_columns, setup_device, vit_config,
+    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
+    local_rank0_first, log, no_progress_bar, parse_args, prepare, run, run_length, save_columns,
+    setup_device, vit_config,
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
@@ -67,7 +68,7 @@ class Config(RunConfig):
     eval_every: int = 16_000  # steps between evaluations with pictures, 0 for one at the end
     task: str = "train"  # see the top of the file
     num_classes: int = 150  # classes to tell apart; labels run from 1 to this (ignore_zero)
-    ignore_zero: bool = True  # label 0 is "other" and not learnt; false: it is the first class
+    ignore_zero: bool = True  # label 0 is "other" and ignored; false: it is the first class
     label_values: str = ""  # numbers of the classes in the label maps, such as 0,255; else as above
     layer_decay: float = 0.65  # a layer's lr over that of the layer above; 1 disables the decay
     aux_weight: float = 0.4  # of each auxiliary head's loss (SETR); 0 leaves them untrained
@@ -180,7 +181,7 @@ def train(config):
 
     for step, batch in enumerate(loader, start):
         # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the means are over in the global batch, and whether a process was asked to stop.
+        # the sums are divided by, and whether a process was asked to stop.
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break
@@ -198,10 +199,10 @@ def train(config):
             # the processes, so this undoes its division
             scaler.scale(loss * world_size()).backward()
             metrics["loss"] = metrics.get("loss", 0) + loss.detach()
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update()  # and this lowers the scale
         optimizer.zero_grad(set_to_none=True)
 
         # the logger adds up the processes' shares; this norm is the same in all of them
@@ -296,16 +297,15 @@ def check(config):
     """Raise BadInput for values that would leave pixels out, wait for ever, or fail late."""
     parse_scales(config)
     class_labels(config)
-    for name, least in (("micro_batch", 1), ("val_images", 0)):
-        if getattr(config, name) < least:
-            raise BadInput(f"--{name}={getattr(config, name)}: give {least} or more")
+    check_range(config, 0, math.inf, "aux_weight", "val_images")
+    check_range(config, 0, 1, "most_of_crop")
     if not 0 < config.stride <= config.image_size:
         raise BadInput(f"--stride={config.stride}: with windows of --image_size="
                          f"{config.image_size}, give 1 to {config.image_size}")
     if not 0 < config.scale_min <= config.scale_max:
         raise BadInput(f"--scale_min={config.scale_min}: give more than 0 and at most "
                          f"--scale_max={config.scale_max}")
-    if world_size() > 1 and config.batch_size % world_size():  # SyncBatchNorm waits for its peers
+    if world_size() > 1 and config.batch_size % world_size():  # SyncBatchNorm would wait for ever
         raise BadInput(f"--batch_size={config.batch_size}: batch norm wants the same number on "
                          f"each of {world_size()} processes; give a multiple of it")
 
@@ -568,8 +568,8 @@ DISTORTIONS = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # m
 
 
 def fit_size(size, side, factor=1.0):
-    """[height, width] of an image resized, with its aspect kept, to be as large as fits 4 * side by
-    side, either way round, times a factor: its short side is `side`, unless it is very long."""
+    """[height, width] of an image resized, with its aspect kept, so that it just fits 4 * side by
+    side, in either orientation, times a factor: its short side is `side`, or less if it is long."""
     scale = factor * min(4 * side / max(size), side / min(size))
     return [max(1, round(scale * length)) for length in size]
 

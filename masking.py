@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 
 class BadInput(ValueError):
-    """What the user can mend: printed as one line, without a traceback."""
+    """An error that the user can mend: printed as one line, without a traceback."""
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -35,8 +35,8 @@ def blockwise_mask(
     """Mask rectangular blocks of patches until `num_masked` are masked or no block fits (algorithm
     1).
 
-    A block is drawn with min_block to max_block patches (None: as many as are still to be masked;
-    if those are fewer than min_block, in between), an aspect ratio log-uniform in [min_aspect,
+    A block's patches are drawn between min_block and max_block (None: as many as are still to be
+    masked, which may be fewer), an aspect ratio log-uniform in [min_aspect,
     1 / min_aspect], and is smaller than the grid in both directions. Returns a bool array (height,
     width), True = masked: at least one patch, at most `num_masked`. For the paper's 75 of 14x14 the
     mean is 74.5, because the last few patches often fit no block. `rng` is a numpy Generator.
@@ -55,8 +55,8 @@ def blockwise_mask(
     uniform = (rng or np.random.default_rng()).random  # a third of the cost of rng.integers
     mask = np.zeros((height, width), dtype=bool)
     masked = tries = 0
-    # Ten tries per block as in the official code, but the first is tried until it is there: an
-    # empty mask would make the loss 0 / 0. If 10,000 tries fail, the grid is too small for it.
+    # Ten tries per block as in the official code, but 10,000 for the first: an empty mask would
+    # make the loss 0 / 0. If they fail, the grid is too small for it.
     while masked < num_masked and tries < (10 if masked else 10_000):
         tries += 1
         remaining = num_masked - masked
@@ -82,8 +82,8 @@ def blockwise_mask(
 
 
 def random_mask(height, width, num_masked, rng=None, min_block=None):
-    """Mask exactly `num_masked` patches, each equally likely (table 4); `min_block` means nothing
-    here. Returns and raises as `blockwise_mask` does."""
+    """Mask exactly `num_masked` patches, each equally likely (table 4); `min_block` is ignored.
+    Returns a bool array as `blockwise_mask` does. Raises BadInput if there are not so many."""
     if not 0 < num_masked <= height * width:
         raise BadInput(f"num_masked={num_masked} of a {height}x{width} grid: mask at least 1 patch "
                        f"and at most {height * width}")
@@ -106,7 +106,7 @@ MASKS = {"block": blockwise_mask, "random": random_mask, "none": no_mask}
 
 @dataclass
 class Images:
-    """A list of images, whose functions take a key and are None where a data set lacks them."""
+    """A list of images, with functions of a key; one is None if the data set lacks such labels."""
 
     keys: list  # paths or numbers
     read: Callable  # -> RGB image
@@ -209,7 +209,7 @@ def to_8_bits(values):
 
 def open_images(data, image_size, val_images):
     """(training images, at most `val_images` held-out ones) of --data: a name in DATASETS, or a
-    folder. A tenth is held out at most where nothing is by the data set itself."""
+    folder. Up to a tenth is held out if the folder has no val/."""
     kind, _, argument = data.partition(":")
     if kind in DATASETS:
         train = DATASETS[kind](True, image_size, argument)
@@ -334,8 +334,8 @@ def draw_shapes(size, seed, index):
         box = (slice(first[0], end[0]), slice(first[1], end[1]))
         dy = y[box] - centre[0]
         dx = x[box] - centre[1]
-        angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024) & 1023
-        inside = RADII[kind][angle] * radius - np.hypot(dy, dx)  # pixels to the outline
+        angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024)
+        inside = RADII[kind][angle % 1024] * radius - np.hypot(dy, dx)  # pixels to the outline
         colour = tint((ground.mean() + rng.uniform(0.35, 0.65)) % 1, rng)  # unlike the ground's
         paint = texture(x[box] / size, y[box] / size, colour, rng)
         cover = (inside + 0.5).clip(0, 1)[..., None]  # soft over one pixel: no jagged edge
@@ -388,13 +388,12 @@ class Views(Dataset):
     predict       (grid, grid) bool, True = this patch's target is to be predicted
     skipped       whether it shows the next image because this one is unreadable
     and, for training, `extra_views` {name: (count, transform)} as (count, 3, side, side) uint8,
-    each with a crop of its own. Held-out images are cropped in the middle, no more.
+    each with a crop of its own. Held-out images are resized and cropped in the middle only.
     """
 
     def __init__(self, images, config, token_size, train, mask="none", extra_views=None):
         self.images = images
         self.config = config
-        self.grid = config.image_size // config.patch_size
         self.mask = mask
         self.extra_views = extra_views or {}
         patch_view = self.transform(config.image_size, InterpolationMode.BICUBIC, train)
@@ -438,7 +437,7 @@ class Views(Dataset):
 
 
 def draw_mask(name, config, rng):
-    """A mask (grid, grid), True = masked, of which config.mask_ratio is masked."""
+    """A mask (grid, grid), True = masked, of --mask_ratio, or a few patches less (algorithm 1)."""
     grid = config.image_size // config.patch_size
     num_masked = round(config.mask_ratio * grid**2)
     return MASKS[name](grid, grid, num_masked, rng=rng, min_block=config.min_block)
@@ -458,7 +457,7 @@ def normalise(images, norm):
 
 
 def denormalise(images, norm):
-    """The way back, to (B, 3, H, W) in [0, 1]."""
+    """The inverse, to (B, 3, H, W) in [0, 1]."""
     channels = zip(images.unbind(1), *NORMS[norm])
     images = torch.stack([channel * std + mean for channel, mean, std in channels], dim=1)
     return images.clamp(0, 1)
@@ -487,17 +486,18 @@ def permutation(count, seed, epoch):
 
 def batch_of_step(step, count, batch_size, seed, repeats=1):
     """The (epoch, index) pairs of a step's global batch: the next part of the epoch's permutation.
-    The last, incomplete part of an epoch is left out, as in the official code. With `repeats` an
-    image comes that often in a batch, far apart, and each time its first number is another."""
+    The last, incomplete batch of an epoch is dropped, as in the official code. With `repeats` each
+    image comes that often in a batch, under another first number, so that its views differ; an
+    epoch then shows that share of the images, as often."""
     epoch, part = divmod(step, count // batch_size)
-    images = -(-batch_size // repeats)
+    images = math.ceil(batch_size / repeats)
     order = permutation(count, seed, epoch)[part * images : (part + 1) * images]
     copies = [(epoch * repeats + copy, index) for copy in range(repeats) for index in order]
     return copies[:batch_size]
 
 
 def local_shard(items):
-    """This process's part of a list: consecutive, and as even as it goes."""
+    """This process's part of a list: consecutive, and as even as possible."""
     start = rank() * len(items) // world_size()
     return items[start : (rank() + 1) * len(items) // world_size()]
 
@@ -509,7 +509,7 @@ def batches_of_all(count, size):
 
 
 def make_loader(dataset, batches, workers, device):
-    """The batches of `dataset` that `batches` lists by their keys, in that order."""
+    """A loader of the batches whose keys `batches` lists, in order."""
     pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       worker_init_fn=ignore_sigterm)
@@ -521,9 +521,8 @@ def ignore_sigterm(worker):
 
 def micro_batches(batch, size):
     """Split a batch, a dict of tensors with a row per image, into parts of at most `size`."""
-    first = next(iter(batch.values()))
     return [{name: value[start : start + size] for name, value in batch.items()}
-            for start in range(0, len(first), size)]
+            for start in range(0, len(batch["images"]), size)]
 
 
 def to_device(batch, device, norm):

@@ -79,9 +79,9 @@ class RunConfig:
     out: str = "out/run"  # one folder per run: checkpoint.pt, metrics.jsonl, config.json, pictures
     weights: str = "none"  # file or folder of weights to start from (README); none: random ones
     size: str = "base"  # the paper has base and large (--preset=large); nano is for the demos
-    variant: str = "paper"  # paper: its tables' model; released: its checkpoints' (model.py)
-    image_size: int = 224  # pixels per side, a multiple of patch_size; twice is four times the work
-    patch_size: int = 16  # pixels per side; half is four times the work
+    variant: str = "paper"  # paper: as in its tables; released: as in the authors' checkpoints
+    image_size: int = 224  # pixels per side, a multiple of patch_size; twice costs four times
+    patch_size: int = 16  # pixels per side; half costs four times the compute
     epochs: float = 800  # passes over the data; 300 cost 0.3 points of ImageNet top-1 (table 4)
     steps: int = 0  # length of the run in steps; overrides --epochs unless 0
     batch_size: int = 2048  # images per step over ALL processes; for 512 halve the lr (the authors)
@@ -91,7 +91,7 @@ class RunConfig:
     schedule: str = "cosine"  # how the lr falls after the warm-up
     warmup_epochs: float = 10  # linear warm-up; a ViT without one diverges at this lr
     warmup_steps: int = 0  # length of the warm-up in steps; overrides --warmup_epochs unless 0
-    weight_decay: float = 0.05  # of matrices only; biases, norms and embeddings have none
+    weight_decay: float = 0.05  # of matrices; biases, norms, [CLS] and absolute positions have none
     clip_grad: float = 3.0  # largest gradient norm, 0 for none; the paper clips large at 1.0
     drop_path: float = 0.1  # stochastic depth of the last block; longer runs tolerate more
     seed: int = 0  # of the init, order, crops, masks and noise; rerun with others for error bars
@@ -103,7 +103,7 @@ class RunConfig:
     log_every: int = 50  # steps between log lines; each of them waits for the GPU
     eval_every: int = 6250  # steps between evaluations with pictures, 0 for one at the end
     save_every: int = 1250  # steps between checkpoints: what a crash loses; SIGTERM loses nothing
-    norm: str = "imagenet"  # pixel statistics; half: the authors' ImageNet-22k weights
+    norm: str = "imagenet"  # pixel mean and deviation; half with the authors' ImageNet-22k weights
     skip_bad_images: bool = False  # count and skip unreadable images; false stops at one
     tensorboard: bool = False  # also log for TensorBoard, which must be installed
 
@@ -114,18 +114,18 @@ class Config(RunConfig):
     tokenizer: str = "dalle"  # what is predicted; dvae and pca without a file are trained first
     mask: str = "block"  # random: -0.1 top-1, -1.7 mIoU (table 4)
     mask_ratio: float = 0.383  # 75 of 14x14 patches, the authors' rounding of the paper's 40%
-    min_block: int = 16  # least patches of a block (algorithm 1); lower it on grids below 8x8
+    min_block: int = 16  # minimum patches of a block (algorithm 1); lower it on grids below 8x8
     predict: Literal["masked", "all"] = "masked"  # all patches: -0.3 top-1, -3.7 mIoU (table 4)
-    crop_min: float = 0.08  # least area of the crop; raise it where images are tiny
+    crop_min: float = 0.08  # minimum area of the crop; raise it where images are tiny
     jitter: float = 0.4  # of brightness, contrast and saturation; the tokenizer sees it too
     val_images: int = 2048  # held-out images per evaluation; more is slower and less noisy
     # training a target first
-    tokenizer_steps: int = 50_000  # of training our own dVAE when --tokenizer=dvae does that first
-    tokenizer_lr: float = 1.5e-3  # peak of that; a small dVAE tolerates more than a ViT
+    tokenizer_steps: int = 50_000  # training steps of our dVAE, if --tokenizer=dvae trains it first
+    tokenizer_lr: float = 1.5e-3  # peak lr of that; a small dVAE tolerates more than a ViT
     tokenizer_warmup: int = 6250  # steps of its linear warm-up, at most a quarter of them
     vocab_size: int = 8192  # tokens of our own dVAE; fewer are learnt faster and carry less detail
     downsample: int = 8  # pixels per side to a token of our own dVAE; a power of two
-    dvae_dim: int = 128  # channels of our own dVAE; twice is four times the work
+    dvae_dim: int = 128  # channels of our own dVAE; doubling them costs four times the compute
     kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
     components: int = 64  # of --task=pca; more are sharper, but the last ones are noise to predict
     # a contrastive loss beside it
@@ -139,7 +139,7 @@ class Config(RunConfig):
     teacher_momentum: float = 0.0  # at the start, then up to 1; less in short runs; 0: the method's
     teacher_temperature: float = 0.07  # of DINO's targets, from 0.04; runs of few steps stay there
     dry_run: bool = False  # print the plan of the run, without data, and stop
-    processes: int = 0  # GPUs that the plan is for; 0: as many as run it
+    processes: int = 0  # number of GPUs to plan for; 0: those running now
     images_per_s: float = 0.0  # of one process, for the plan's days; 0: measured now. V100: 148
 
 
@@ -207,10 +207,11 @@ class Objective(nn.Module):
 
     model                   the network that is saved, under the official names
     token_size              pixels per side of the view that targets are made of
-    denominators(batch)     numbers that its means are over in a batch, such as [masked patches]
+    denominators(batch)     counts to divide by in this batch, such as [masked patches]
     forward(batch, denominators, progress)
-                            (loss, metrics), the batch's share of the means over `denominators`, the
-                            sums of those over the global batch; progress: how much is done, 0 to 1
+                            (loss, metrics): this batch's sums over `denominators`, which are summed
+                            over the global batch, so that these shares add up to the global means;
+                            progress: how much of the run is done, 0 to 1
     eval_sums(batch, progress), finish(sums, denominators)
                             an evaluation: sums over a batch; metrics from the sums over all
     pictures(batch)         columns of images (B, 3, H, W) in [0, 1], by their titles
@@ -240,7 +241,7 @@ class MaskedImageModelling(Objective):
 
     def __init__(self, config, tokenizer):
         super().__init__()
-        object.__setattr__(self, "tokenizer", tokenizer)  # frozen: no submodule, in no checkpoint
+        object.__setattr__(self, "tokenizer", tokenizer)  # frozen: kept out of checkpoints
         self.norm = config.norm
         self.mask = config.mask
         self.model = BEiT(vit_config(config), tokenizer.num_outputs)
@@ -291,10 +292,14 @@ class MaskedImageModelling(Objective):
 
     @staticmethod
     def check(config):
-        vit_config(config)  # says so if there is no such network
+        vit_config(config)  # raises BadInput if there is no such network
+        if config.tokenizer.partition(":")[0] not in TOKENIZERS:
+            build_tokenizer(config.tokenizer)  # which says what there is
+        check_range(config, 0.01, 1, "crop_min")
+        check_range(config, 0, math.inf, "jitter")
         if config.mask == "none" and config.predict == "masked":
             raise BadInput("--mask=none masks nothing to predict: give --predict=all with it")
-        draw_mask(config.mask, config, np.random.default_rng(0))  # says so if none can be placed
+        draw_mask(config.mask, config, np.random.default_rng(0))  # raises BadInput
 
     @staticmethod
     def target(config):
@@ -330,7 +335,7 @@ def train(config):
 
     for step, batch in enumerate(loader, start):
         # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the means are over in the global batch, and whether a process was asked to stop.
+        # the sums are divided by, and whether a process was asked to stop.
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break
@@ -350,10 +355,10 @@ def train(config):
             scaler.scale(loss * world_size()).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
                 metrics[name] = metrics.get(name, 0) + value
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update()  # and this lowers the scale
         optimizer.zero_grad(set_to_none=True)
         objective.after_step(step / steps)
 
@@ -391,7 +396,7 @@ def evaluate(objective, dataset, config, device, dtype, progress):
             sums[name] = sums.get(name, 0) + value.flatten().cpu().double()
     sums = {name: np.array(all_reduce_sum(*value.tolist())) for name, value in sums.items()}
     metrics = objective.finish(sums, all_reduce_sum(*denominators))
-    # what has more than one number, such as the tokens' frequencies, is no metric
+    # vectors, such as the tokens' frequencies, are no metrics
     return {f"val_{name}": float(np.squeeze(value)) for name, value in metrics.items()
             if np.size(value) == 1}
 
@@ -493,7 +498,7 @@ class TokenizerTraining(Objective):
 
 def fit_pca(config):
     """Find the principal components of the patches of (at most 5,000) training images, as they
-    are seen in training. Returns True: unlike a training it takes minutes, and is never stopped."""
+    are seen in training. Returns True: it takes only minutes and cannot be interrupted."""
     device, _ = setup_device(config)
     images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                            config.val_images)
@@ -534,10 +539,10 @@ def fit_pca(config):
 class MIMWithContrast(MaskedImageModelling):
     """MIM and a contrastive loss, of which either may have the weight 0.
 
-    In ONE pass: the student's features of the masked image serve both, and are compared with those
-    of another whole view, of the teacher or of the student itself if there is none. Or as in
-    appendix E, beside each other: the student sees two whole views and --local_crops small ones,
-    the teacher the two. The teacher is the student's moving average.
+    In ONE pass, the student's features of the masked image serve both; they are compared with those
+    that the teacher, the student's moving average, has of another whole view (SimCLR: the student
+    itself). With --local_crops or --mim_weight=0 the passes are separate, as in appendix E: the
+    student sees two whole views and the small ones, the teacher the two.
     """
 
     def __init__(self, config, tokenizer):
@@ -639,7 +644,7 @@ class MIMWithContrast(MaskedImageModelling):
 
     def finish(self, sums, denominators):
         """`feature_std` is the standard deviation of the head's outputs, normalised to length 1,
-        times the root of their number: about 1 if they point everywhere, 0 if all collapsed."""
+        times the root of their number: about 1 if they are spread evenly, 0 if they collapsed."""
         mean = sums["z"] / denominators[1]
         variance = sums["z_square"] / denominators[1] - mean**2
         feature_std = np.sqrt(variance.clip(0)).mean() * math.sqrt(len(mean))
@@ -660,20 +665,17 @@ class MIMWithContrast(MaskedImageModelling):
             MaskedImageModelling.check(config)
         loss = CONTRASTIVE_LOSSES[config.contrast]
         name = f"--contrast={config.contrast}"
-        bounds = dict(local_crops=0, projector_dim=0, prototypes=1, mim_weight=0, contrast_weight=0)
-        for option, least in bounds.items():
-            if getattr(config, option) < least:
-                raise BadInput(f"--{option}={getattr(config, option)}: give {least} or more")
-        if not 0 <= config.teacher_momentum <= 1:
-            raise BadInput(f"--teacher_momentum={config.teacher_momentum}: give 0 to 1")
-        if config.teacher_temperature <= 0:
-            raise BadInput(f"--teacher_temperature={config.teacher_temperature}: give more than 0")
+        check_range(config, 0, math.inf, "local_crops", "projector_dim", "mim_weight",
+                    "contrast_weight")
+        check_range(config, 1, math.inf, "prototypes")
+        check_range(config, 0, 1, "teacher_momentum")
+        check_range(config, 0.001, math.inf, "teacher_temperature")
         if config.local_crops and not loss.sees_local_crops:
             raise BadInput(f"--local_crops={config.local_crops}: {name} has no small views")
         if not config.mim_weight + config.contrast_weight:
             raise BadInput("--mim_weight=0 --contrast_weight=0: nothing is left to train on")
         processes = config.processes if config.dry_run and config.processes else world_size()
-        need = -(-config.batch_size // processes)
+        need = math.ceil(config.batch_size / processes)
         if loss.needs_whole_batch and config.micro_batch < need:
             raise BadInput(f"{name}: compares all images of a batch, so gradients cannot "
                            f"accumulate; give --micro_batch={need}, or a smaller --batch_size")
@@ -732,12 +734,10 @@ def plan(config):
         count = 1_281_167  # ImageNet-1k's
     steps, steps_per_epoch, warmup = run_length(config, count)
     kind = (find_objective(config).target(config) or "pixel").partition(":")[0]
-    if kind not in TOKENIZERS:
-        build_tokenizer(kind)  # which says what there is
     tokenizer = TOKENIZERS[kind].untrained(**asdict(config)).to(device).requires_grad_(False)
     objective = make_objective(config, device, tokenizer).eval()  # no stochastic depth: saves 5%
     processes = config.processes or world_size()
-    local_batch = -(-config.batch_size // processes)
+    local_batch = math.ceil(config.batch_size / processes)
     micro_batch = min(local_batch, config.micro_batch)
     trial = micro_batch if device.type == "cuda" else 2  # images to measure with
     images = DATASETS["shapes"](True, config.image_size, "").subset(range(trial))
@@ -780,7 +780,7 @@ def plan(config):
     log(f"""images      {count:,} in {config.data}
 steps       {steps:,} of {config.batch_size:,} images, {steps_per_epoch:,} per epoch, \
 {warmup:,} of warm-up
-each step   {processes} processes x {-(-local_batch // micro_batch)} micro-batches x \
+each step   {processes} processes x {math.ceil(local_batch / micro_batch)} micro-batches x \
 {micro_batch} images
 parameters  {trained:,}
 compute     {flops / 1e9:,.1f} GFLOP per image with its tokens and the backward pass, \
@@ -792,24 +792,19 @@ speed       {speed:,.1f} images/s per process, {"given" if config.images_per_s e
 time        {days:,.2f} days on {processes} processes""")
 
 
-OBJECTIVES = {
-    "mim": MaskedImageModelling,
-    "contrast": MIMWithContrast,
-    "tokenizer": TokenizerTraining,
-}
+OBJECTIVES = {"mim": MaskedImageModelling, "tokenizer": TokenizerTraining}
 # tasks that need no loop
 OTHER_TASKS = {"pca": fit_pca}
-# kinds of --tokenizer that are made first where no file is named: the task, and what does it
+# kinds of --tokenizer that are made first if no file is given: (task, function)
 PREREQUISITES = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
 
 
 def find_objective(config):
-    contrast = config.task in ("mim", "contrast") and config.contrast != "none"
-    if config.task == "contrast" and config.contrast == "none":
-        raise BadInput("--task=contrast: give --contrast, which says on what loss")
-    if not contrast and (config.mim_weight != 1 or config.local_crops):
+    if config.task == "mim" and config.contrast != "none":
+        return MIMWithContrast
+    if config.mim_weight != 1 or config.local_crops:
         raise BadInput("--mim_weight and --local_crops go with a contrastive loss: give --contrast")
-    return OBJECTIVES["contrast" if contrast else config.task]
+    return OBJECTIVES[config.task]
 
 
 # ==== Plumbing, which all three scripts share =====================================================
@@ -823,7 +818,7 @@ def linear(progress):
     return 1 - progress
 
 
-# What is left of the learning rate when a part of the run after the warm-up, 0 to 1, is over
+# The share of the peak learning rate after a share, 0 to 1, of the steps that follow the warm-up
 SCHEDULES = {"cosine": cosine, "linear": linear}
 
 
@@ -837,9 +832,6 @@ def learning_rate(config, step, steps, warmup):
 
 def run_length(config, count):
     """(steps of the run, steps per epoch, steps of warm-up) on `count` training images."""
-    for name in ("batch_size", "micro_batch", "epochs", "lr", "image_size", "patch_size"):
-        if getattr(config, name) <= 0:
-            raise BadInput(f"--{name}={getattr(config, name)}: give a number above 0")
     if not world_size() <= config.batch_size <= count:
         raise BadInput(f"--batch_size={config.batch_size}: must be from {world_size()}, an image "
                        f"per process, to {count}, the training images in --data={config.data}")
@@ -862,7 +854,16 @@ CHOICES = {
     "mask": MASKS,
     "contrast": CONTRASTIVE_LOSSES,
 }
-OPEN_CHOICES = {"data": DATASETS, "tokenizer": TOKENIZERS}  # or a folder; a file after a colon
+OPEN_CHOICES = {"data": DATASETS, "tokenizer": TOKENIZERS}  # or a folder; NAME:FILE
+
+
+def check_range(config, least, most, *names):
+    """Raise BadInput for an option of these names that is not from `least` to `most`."""
+    for name in names:
+        value = getattr(config, name)
+        if not least <= value <= most:
+            wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise BadInput(f"--{name}={value}: give {wanted}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -914,6 +915,10 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
     config = config_class(**{**recipe, **given})
     if given.get("steps") and "warmup_steps" not in given:
         shorten_warmup(config, config_class(**recipe))
+    check_range(config, 1, math.inf, "image_size", "patch_size", "batch_size", "micro_batch")
+    check_range(config, 0, math.inf, "steps", "warmup_epochs", "warmup_steps", "min_lr",
+                "clip_grad", "weight_decay", "seed", "num_workers")
+    check_range(config, 1e-9, math.inf, "epochs", "lr")
     return config
 
 
@@ -975,9 +980,11 @@ def all_reduce_sum(*numbers):
 def local_rank0_first(make, *arguments):
     """make(*arguments), on a machine's first process before its others, so that what it downloads
     is downloaded once."""
-    for turn in (True, False):
-        if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
-            made = make(*arguments)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        all_reduce_sum(0)  # waits for the first
+    made = make(*arguments)
+    if first:
         all_reduce_sum(0)
     return made
 
@@ -1031,8 +1038,8 @@ def setup_device(config):
 
 # ---- checkpoints, and what a loop needs ----------------------------------------------------------
 
-# Options that may change on resume: they do not change what a run learns (micro_batch no more than
-# the noise of stochastic depth and the statistics of batch norm).
+# Options that may change on resume: they do not change what a run learns, except that micro_batch
+# changes the draws of stochastic depth and the statistics of batch norm.
 MAY_CHANGE_ON_RESUME = (
     "out", "device", "num_workers", "micro_batch", "compile", "resume", "log_every", "eval_every",
     "save_every", "tensorboard", "skip_bad_images", "query", "dry_run", "processes",
@@ -1055,9 +1062,10 @@ def claim_folder(config):
             raise BadInput(f"{config.out} holds a run of another config ({', '.join(changes)}); "
                            "give another --out, or --resume=never to replace it")
     if rank() == 0:
-        for path_of_old in saved if config.resume == "never" else ():
-            with suppress(FileNotFoundError):  # else a run killed early would go on from them
-                os.remove(path_of_old)
+        if config.resume == "never":
+            for checkpoint in saved:
+                with suppress(FileNotFoundError):  # else a rerun after an early kill would use them
+                    os.remove(checkpoint)
         text = json.dumps(asdict(config), indent=1)
         try:
             write_atomically(path, lambda file: file.write(text.encode()))
@@ -1073,7 +1081,7 @@ def save_checkpoint(out, **state):
 
 
 def load_checkpoint(out):
-    """What save_checkpoint wrote last, or before that if that is damaged; None if it never did."""
+    """The newest undamaged checkpoint that save_checkpoint wrote; None if there is none."""
     paths = [os.path.join(out, name) for name in ("checkpoint.pt", "previous.pt")]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
@@ -1101,8 +1109,10 @@ def vit_config(config, shared=True):
 def prepare(objective, config, device, dtype, layer_decay=1.0):
     """What a loop needs besides its data: (model, optimizer, scaler, save, start).
 
-    `model` is the objective, synchronised if there are several processes; `start` the step to begin
-    with, from OUT's checkpoint if there is one; save(step) writes that.
+    `model` is the objective, synchronised if there are several processes. A checkpoint in OUT,
+    which save(step) writes, restores weights, optimizer, loss scale and `start`, the step to begin
+    with. Nothing else has a state: order, crops, masks and noise are functions of seed, step and
+    rank. So a run that was killed ends with the same bits, on CPUs and with as many processes.
     """
     claim_folder(config)
     groups = param_groups(objective.model, config.weight_decay, layer_decay)
@@ -1194,8 +1204,8 @@ class Logger:
         return [last or (every > 0 and self.done % every == 0) for every in intervals]
 
     def read(self, lr):
-        """The last step as a dict. Here the host waits for the GPU. Raises FloatingPointError at
-        the first loss since the last time that is not finite."""
+        """The last step as a dict. Here the host waits for the GPU. Raises FloatingPointError if
+        a loss since the last call is not finite."""
         if not self.history:
             return {}
         rows = torch.stack(self.history).cpu()
@@ -1216,7 +1226,6 @@ class Logger:
         record = {"step": self.done, "epoch": round(self.done / self.steps_per_epoch, 4)}
         record |= dict(zip(self.names, rows[-1].tolist(), strict=True), lr=lr)
         seconds = time.time() - self.clock
-        self.clock = time.time()
         record["images_per_s"] = (self.done - self.logged) * self.config.batch_size / seconds
         if self.skipped_steps:
             record["skipped_steps"] = self.skipped_steps

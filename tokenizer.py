@@ -14,7 +14,7 @@ A target is a class with one line in TOKENIZERS, at the end of the file. It has
     num_outputs           how many numbers predict one target: vocab_size logits, or its values
     encode(images)        (B, 3, H, W) in [0, 1] -> int64 (B, H / downsample, W / downsample), or
                           float (B, H / downsample, W / downsample, num_outputs)
-    decode(targets)       the way back, to images (B, 3, H, W)
+    decode(targets)       the inverse, to images (B, 3, H, W)
     load(argument, device, patch_size), untrained(**options)
                           class methods: from what follows the colon in --tokenizer, which looks
                           like `form`; and with random weights, to measure with
@@ -488,7 +488,7 @@ def patches_of(images, size):
 
 
 def images_of(patches, size):
-    """The way back."""
+    """The inverse."""
     return F.pixel_shuffle(patches.permute(0, 3, 1, 2), size)
 
 
