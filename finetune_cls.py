@@ -10,8 +10,9 @@ What frozen features are worth (appendix D), and what the last block looks at (s
     python finetune_cls.py --preset=probe --data=/path/to/imagenet
     python finetune_cls.py --task=knn --data=/path/to/imagenet --labels_per_class=50
     python finetune_cls.py --task=attention --weights=out/shapes/checkpoint.pt --data=picture.jpg
-Evaluate, or draw the accuracy of several runs against their epochs:
+Evaluate, classify any folder of images, or draw the accuracy of several runs against their epochs:
     python finetune_cls.py --task=eval --weights=out/imagenet/checkpoint.pt --data=/path/to/imagenet
+    python finetune_cls.py --task=predict --weights=out/imagenet/checkpoint.pt --data=photos
     python finetune_cls.py --task=curves out/imagenet out/scratch --out=out/curves
 `--help` lists every option. Run a command again after it was killed, and it goes on where it was.
 
@@ -19,7 +20,9 @@ Read from the top: options, the objective, the loop, evaluation, main; that is a
 Images, mixing, and what looks at a trained network follow. The plumbing is pretrain.py's.
 """
 
+import csv
 import functools
+import io
 import math
 import os
 import re
@@ -28,6 +31,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -43,6 +47,7 @@ from pretrain import (
     local_rank0_first, log, no_progress_bar, parse_args, prepare, read_metrics, run, run_length,
     save_columns, setup_device, vit_config,
 )
+from tokenizer import read_checkpoint
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment behind a field is its text in --help: why this value, or what goes wrong with another.
@@ -178,10 +183,11 @@ PRESETS = {
 class Classification(nn.Module):
     """Cross entropy with label smoothing, a mean over the images of the global batch."""
 
-    def __init__(self, config, num_classes):
+    def __init__(self, config, classes):
         super().__init__()
+        self.classes = classes  # their names
         self.smoothing = config.smoothing
-        self.model = self.make_model(config, num_classes)
+        self.model = self.make_model(config, len(classes))
         if config.weights != "none":
             log(load_weights(self.model, config.weights, head=config.task == "eval"))
 
@@ -222,10 +228,10 @@ def train(config, objective_class=Classification):
 
     torch.manual_seed(config.seed)
     num_classes = len(train_images.classes)
-    objective = objective_class(config, num_classes).to(device)
+    objective = objective_class(config, train_images.classes).to(device)
     dataset = LabelledViews(train_images, config, train=True)
     val_dataset = LabelledViews(val_images, config, train=False)
-    model, optimizer, scaler, save, start = prepare(objective, config, device, dtype,
+    model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype,
                                                     config.layer_decay)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out, "
@@ -301,13 +307,14 @@ def evaluate(objective, dataset, config, device, dtype):
 
 
 def evaluate_weights(config):
-    """--task=eval: the metrics of a fine-tuned network."""
+    """--task=eval: the metrics of a fine-tuned network, and what it confuses."""
     check(config)
     device, dtype = setup_device(config)
-    _, val_images = local_rank0_first(open_labelled, config)
-    objective = Classification(config, len(val_images.classes)).to(device).eval()
+    val_images = local_rank0_first(open_held_out, config, read_run(config.weights)[0])
+    objective = Confusion(config, val_images.classes).to(device).eval()
     dataset = LabelledViews(val_images, config, train=False)
     metrics = evaluate(objective, dataset, config, device, dtype)
+    log(objective.table())
     log(f"{len(dataset):,} images", *(f"{k} {v:.6g}" for k, v in metrics.items()))
     return metrics
 
@@ -342,22 +349,17 @@ def main(argv=None):
 def open_labelled(config):
     """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder."""
     kind, _, argument = config.data.partition(":")
+    val_images = open_held_out(config)
     if kind in DATASETS:
         train_images = DATASETS[kind](True, config.image_size, argument)
-        val_images = DATASETS[kind](False, config.image_size, argument)
     else:
-        val_images = open_classes(config.data, "val")
         train_images = open_classes(config.data, "train", without=val_images.keys)
-    if not train_images.read_label or not val_images.read_label:
-        raise BadInput(f"--data={config.data}: has no labels")
     classes = train_images.classes
     others = val_images.classes
     if classes != others:
         odd = sorted(set(classes) ^ set(others))
         raise BadInput(f"--data={config.data}: {len(classes)} classes in train/, {len(others)} in "
                        f"val/; {odd[0]} is in one only")
-    if len(val_images) < world_size():
-        raise BadInput(f"--data={config.data}: {len(val_images)} held-out images are too few")
     if config.labels_per_class:
         labels = np.array([train_images.read_label(key) for key in train_images.keys])
         kept = few_of_each(labels, config.labels_per_class, config.seed)
@@ -365,9 +367,23 @@ def open_labelled(config):
     return train_images, val_images
 
 
-def open_classes(folder, part, without=()):
-    """The images of folder/part/CLASS/; classes are numbered in the order of their names. Those
-    `without` are left out."""
+def open_held_out(config, classes=None):
+    """The held-out images of --data, labelled; `classes` are the names that labels number."""
+    kind, _, argument = config.data.partition(":")
+    if kind in DATASETS:
+        images = DATASETS[kind](False, config.image_size, argument)
+    else:
+        images = open_classes(config.data, "val", classes=classes)
+    if not images.read_label:
+        raise BadInput(f"--data={config.data}: has no labels")
+    if len(images) < world_size():
+        raise BadInput(f"--data={config.data}: {len(images)} held-out images are too few")
+    return images
+
+
+def open_classes(folder, part, without=(), classes=None):
+    """The images of folder/part/CLASS/, less those of the paths in `without`. Labels number
+    `classes`, or else the folders in the order of their names."""
     where = os.path.join(folder, part)
     if not os.path.isdir(where):
         raise BadInput(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/, or is "
@@ -380,7 +396,11 @@ def open_classes(folder, part, without=()):
             raise BadInput(f"{path}: is in no class; {where} should hold a folder per class")
     if not names:
         raise BadInput(f"{where}: there are no images; it should hold a folder per class")
-    classes = sorted(set(names.values()))
+    classes = classes or sorted(set(names.values()))
+    for name in names.values():
+        if name not in classes:
+            raise BadInput(f"{where}/{name}: is none of the classes that --weights was trained on: "
+                           f"{', '.join(classes[:10])}")
     numbers = {name: number for number, name in enumerate(classes)}
     labels = {path: numbers[name] for path, name in names.items()}
     return replace(images, classes=classes, read_label=labels.__getitem__)
@@ -399,7 +419,7 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 class LabelledViews(Dataset):
     """dataset[epoch, index] is a dict, all of it a function of (seed, epoch, index):
     images   (3, H, W), normalised float32
-    labels   the number of its class
+    labels   the number of its class; -1 where there are no labels
     skipped  whether it shows the next image because this one is unreadable
     """
 
@@ -426,7 +446,9 @@ class LabelledViews(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, found = self.images.load(index, self.config.skip_bad_images)
-        label = self.images.read_label(self.images.keys[found])
+        label = -1
+        if self.images.read_label:
+            label = self.images.read_label(self.images.keys[found])
         torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
         return {"images": self.transform(image), "labels": label, "skipped": found != index}
 
@@ -605,6 +627,142 @@ def vote(queries, keys, labels, count):
     return votes.scatter_add_(1, labels[index], (close / 0.07).exp()).argmax(dim=1)
 
 
+# ---- what a classifier says ----------------------------------------------------------------------
+
+
+def read_run(path):
+    """(class names, config) of the run that wrote a checkpoint.pt; (None, {}) of other files."""
+    checkpoint = read_checkpoint(path) if path.endswith(".pt") else None
+    if not isinstance(checkpoint, dict):
+        return None, {}
+    return checkpoint.get("classes"), checkpoint.get("config") or {}
+
+
+class Confusion(Classification):
+    """An evaluation that also counts what each class is taken for."""
+
+    def eval_sums(self, batch):
+        logits = self.model(batch["images"]).float()
+        count = len(self.classes)
+        pairs = batch["labels"] * count + logits.argmax(dim=1)
+        pairs = torch.bincount(pairs, minlength=count**2)
+        return {**self.score(logits, batch["labels"]), "pairs": pairs}
+
+    def finish(self, sums, denominators):
+        count = len(self.classes)
+        self.matrix = sums["pairs"].reshape(count, count).astype(int)  # a row for each true class
+        metrics = {name: value for name, value in sums.items() if name != "pairs"}
+        return super().finish(metrics, denominators)
+
+    def table(self):
+        """The accuracy of up to 50 classes and what each is mostly taken for, or the 20 pairs that
+        are confused most."""
+        wrong = self.matrix.copy()
+        np.fill_diagonal(wrong, 0)
+        totals = self.matrix.sum(axis=1)
+        width = max(map(len, self.classes))
+        lines = []
+        if len(self.classes) <= 50:
+            lines.append(f"{'class':{width}}  images  top-1   mostly taken for")
+            for name, row, total, right in zip(self.classes, wrong, totals, self.matrix.diagonal()):
+                line = f"{name:{width}}  {total:>6}"
+                if total:
+                    line += f"  {100 * right / total:5.1f}%"
+                if row.any():
+                    line += f"  {self.classes[row.argmax()]} ({100 * row.max() / total:.1f}%)"
+                lines.append(line)
+        else:
+            lines.append(f"{'class':{width}}  taken for")
+            for place in np.argsort(-wrong, axis=None, kind="stable")[:20]:
+                true, found = np.unravel_index(place, wrong.shape)
+                share = 100 * wrong[true, found] / max(1, totals[true])
+                lines.append(f"{self.classes[true]:{width}}  {self.classes[found]} ({share:.1f}%)")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def predict(config):
+    """OUT/predictions.csv: the five likeliest classes of each image in the folder --data, and
+    OUT/predictions.png, a contact sheet. The network, and how it wants to see images, are read from
+    --weights."""
+    check(config)
+    device, dtype = setup_device(config)
+    if not os.path.isdir(config.data) or not len(images := folder_images(config.data)):
+        raise BadInput(f"--data={config.data}: no folder with images to classify")
+    state, arch = read_weights(config.weights)
+    if "head.weight" not in state:
+        raise BadInput(f"--weights={config.weights}: holds no classifier; fine-tune it first")
+    names, trained = read_run(config.weights)
+    names = names or [str(number) for number in range(len(state["head.weight"]))]
+    config = replace(
+        config,
+        image_size=arch.image_size,
+        norm=trained.get("norm", config.norm),
+        eval_crop=trained.get("eval_crop", config.eval_crop),
+        skip_bad_images=True,
+    )
+    model = Classifier(arch, len(names))
+    log(load_weights(model, config.weights, head=True))
+    model.to(device).eval()
+
+    dataset = LabelledViews(images, config, train=False)
+    keys = batches_of_all(len(dataset), config.micro_batch)
+    loader = make_loader(dataset, keys, config.num_workers, device)
+    count = min(5, len(names))
+    found = np.zeros((len(dataset), 2 * count))  # classes, and their probabilities
+    for part, batch in zip(keys, tqdm(loader, "predicting", disable=no_progress_bar())):
+        with autocast(device, dtype):
+            logits = model(batch["images"].to(device))
+        top = logits.float().softmax(dim=1).topk(count)
+        rows = torch.cat([top.indices, top.values], dim=1).cpu().numpy()
+        rows[batch["skipped"].numpy()] = 0  # it showed the next image
+        found[[index for _, index in part]] = rows
+    found = np.reshape(all_reduce_sum(*found.flatten().tolist()), found.shape)
+    if rank() == 0:
+        write_predictions(config.out, images, names, found)
+
+
+def write_predictions(out, images, names, found):
+    """`found` are (images, 2 * k): the k likeliest classes and their probabilities, or zeros for an
+    unreadable image."""
+    count = found.shape[1] // 2
+    header = ["file"]
+    for place in range(1, count + 1):
+        header += [f"class_{place}", f"probability_{place}"]
+    lines = [header]
+    sheet = []
+    for path, row in zip(images.keys, found):
+        if not row.any():
+            log(f"{path}: skipped, it cannot be read as an image")
+            continue
+        line = [os.path.relpath(path, images.source)]
+        for number, probability in zip(row[:count], row[count:]):
+            line += [names[int(number)], f"{probability:.4f}"]
+        lines.append(line)
+        sheet.append((path, f"{100 * row[count]:.0f}% {names[int(row[0])]}"))
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    path = os.path.join(out, "predictions.csv")
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    log(f"wrote {path}: {len(lines) - 1:,} images")
+
+    indices = np.linspace(0, len(sheet) - 1, min(64, len(sheet))).astype(int)
+    shown = [sheet[index] for index in indices]
+    side, caption = 128, 16
+    height = math.ceil(len(shown) / 8) * (side + caption)
+    picture = Image.new("RGB", (8 * side, max(1, height)), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (path, text) in enumerate(shown):
+        x = number % 8 * side
+        y = number // 8 * (side + caption)
+        thumbnail = ImageOps.contain(read_image(path), (side - 4, side - 4))
+        picture.paste(thumbnail, (x + 2, y + 2))
+        draw.text((x + 2, y + side), text[:20], fill="black")
+    path = os.path.join(out, "predictions.png")
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    log(f"wrote {path}")
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 
@@ -684,6 +842,7 @@ def attention(config):
 TASKS = {
     "train": train,
     "eval": evaluate_weights,
+    "predict": predict,
     "probe": probe,
     "knn": knn,
     "curves": curves,

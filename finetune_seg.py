@@ -167,7 +167,7 @@ def train(config):
         objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     dataset = LabelMapViews(train_images, config, train=True)
     val_dataset = LabelMapViews(val_images, config, train=False)
-    model, optimizer, scaler, save, start = prepare(objective, config, device, dtype,
+    model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype,
                                                     config.layer_decay)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")

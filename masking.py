@@ -6,6 +6,7 @@ history: so a batch is the same for any number of workers and processes, and aft
 """
 
 import functools
+import hashlib
 import math
 import os
 import signal
@@ -132,6 +133,13 @@ class Images:
                     raise BadInput(f"{self.name(found)}: cannot be read as an image ({error}); "
                                    "remove it or give --skip_bad_images") from error
         raise BadInput(f"{self.source}: no image in it can be read")
+
+    def fingerprint(self):
+        """What the images are, wherever they lie: their number and a hash of their names."""
+        names = [str(key).removeprefix(self.source) for key in self.keys]
+        kind = "" if isinstance(self.keys[0], str) else self.source
+        digest = hashlib.sha256("\n".join([kind, *names]).encode(errors="surrogateescape"))
+        return f"{len(self)} images, names {digest.hexdigest()[:8]}"
 
     def subset(self, indices):
         return replace(self, keys=[self.keys[index] for index in indices])

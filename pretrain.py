@@ -322,7 +322,7 @@ def train(config):
     dataset = Views(train_images, config, objective.token_size, True, objective.mask,
                     objective.extra_views)
     val_dataset = Views(val_images, config, objective.token_size, False, objective.mask)
-    model, optimizer, scaler, save, start = prepare(objective, config, device, dtype)
+    model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
     if start == steps:
@@ -506,7 +506,7 @@ def fit_pca(config):
     if config.micro_batch < 1 or len(images) < world_size():
         raise BadInput(f"--micro_batch={config.micro_batch}, {len(images)} images: give at least "
                        "one, and an image per process")
-    claim_folder(config)
+    claim_folder(config, images)
     if config.resume == "auto" and load_checkpoint(config.out):
         log(f"pca into {config.out}: done already")
         return True
@@ -950,6 +950,20 @@ def leave(code):
     sys.exit(code)
 
 
+# What a machine's error says -> what to do
+REMEDIES = {
+    "shared memory": "give --num_workers=0, or more of it (Docker: --shm-size=8g)",
+    "file </torch_": "give --num_workers=0, or more shared memory (Docker: --shm-size=8g)",
+    "out of memory": "lower --micro_batch",
+    "can't allocate memory": "lower --micro_batch",
+    "No space left on device": "make room and run it again; the last checkpoint is intact",
+    "Disk quota exceeded": "make room and run it again; the last checkpoint is intact",
+    "File too large": "make room and run it again; the last checkpoint is intact",
+    "Permission denied": "give another --out",
+    "Read-only file system": "give another --out",
+}
+
+
 def run(main):
     """Call main(). Bad input becomes one line; any other error keeps its traceback."""
     try:
@@ -959,7 +973,11 @@ def run(main):
         fail(str(error).strip().splitlines()[-1].removeprefix("masking.BadInput: "), 2)
     except FloatingPointError as error:  # Logger.read's
         fail(error, 1)
-    except Exception:
+    except Exception as error:
+        message = f"{error}".strip().splitlines()[-1:]
+        for symptom, remedy in REMEDIES.items():
+            if message and symptom in message[0]:
+                fail(f"{message[0]}; {remedy}", 1)
         traceback.print_exc()
         leave(1)
     if dist.is_initialized():
@@ -1041,32 +1059,35 @@ def setup_device(config):
 # Options that may change on resume: they do not change what a run learns, except that micro_batch
 # changes the draws of stochastic depth and the statistics of batch norm.
 MAY_CHANGE_ON_RESUME = (
-    "out", "device", "num_workers", "micro_batch", "compile", "resume", "log_every", "eval_every",
-    "save_every", "tensorboard", "skip_bad_images", "query", "dry_run", "processes",
+    "data", "out", "device", "num_workers", "micro_batch", "compile", "resume", "log_every",
+    "eval_every", "save_every", "tensorboard", "skip_bad_images", "query", "dry_run", "processes",
     "images_per_s", "runs",
 )
 
 
-def claim_folder(config):
-    """Write OUT/config.json; raise BadInput if a run of another config is there."""
+def claim_folder(config, images):
+    """Write OUT/config.json; raise BadInput if a run of another config or other training images is
+    there. The same images may lie elsewhere."""
+    options = {**asdict(config), "images": images.fingerprint()}
     path = os.path.join(config.out, "config.json")
     saved = [os.path.join(config.out, name) for name in ("checkpoint.pt", "previous.pt")]
     if config.resume == "auto" and os.path.exists(path) and any(map(os.path.exists, saved)):
         with open(path) as file:
             there = json.load(file)
         changes = []
-        for name, value in asdict(config).items():
+        for name, value in options.items():
             if name not in MAY_CHANGE_ON_RESUME and there.get(name, value) != value:
                 changes.append(f"{name}: {there[name]!r} there, {value!r} now")
         if changes:
             raise BadInput(f"{config.out} holds a run of another config ({', '.join(changes)}); "
-                           "give another --out, or --resume=never to replace it")
+                           "give another --out, or --resume=never to replace it; to train longer, "
+                           f"--weights={config.out}/checkpoint.pt and another --out")
     if rank() == 0:
         if config.resume == "never":
             for checkpoint in saved:
                 with suppress(FileNotFoundError):  # else a rerun after an early kill would use them
                     os.remove(checkpoint)
-        text = json.dumps(asdict(config), indent=1)
+        text = json.dumps(options, indent=1)
         try:
             write_atomically(path, lambda file: file.write(text.encode()))
         except OSError as error:
@@ -1106,7 +1127,7 @@ def vit_config(config, shared=True):
     return ViTConfig.named(config.size, config.variant, **changes)
 
 
-def prepare(objective, config, device, dtype, layer_decay=1.0):
+def prepare(objective, images, config, device, dtype, layer_decay=1.0):
     """What a loop needs besides its data: (model, optimizer, scaler, save, start).
 
     `model` is the objective, synchronised if there are several processes. A checkpoint in OUT,
@@ -1114,7 +1135,7 @@ def prepare(objective, config, device, dtype, layer_decay=1.0):
     with. Nothing else has a state: order, crops, masks and noise are functions of seed, step and
     rank. So a run that was killed ends with the same bits, on CPUs and with as many processes.
     """
-    claim_folder(config)
+    claim_folder(config, images)
     groups = param_groups(objective.model, config.weight_decay, layer_decay)
     optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -1147,6 +1168,7 @@ def prepare(objective, config, device, dtype, layer_decay=1.0):
             # the network again under its official names, for load_weights; it shares the storage
             model=objective.model.state_dict(),
             arch=asdict(objective.model.config),
+            classes=getattr(objective, "classes", None),  # their names
         )
 
     return model, optimizer, scaler, save, start

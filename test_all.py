@@ -7,6 +7,7 @@ transformers are compared with where they are installed. The order is that of th
 """
 
 import argparse
+import csv
 import functools
 import json
 import math
@@ -1593,8 +1594,64 @@ def test_another_config_in_the_same_folder_is_an_error(tmp_path, dvae, capsys):
     text = error_of(capsys, *words, "--lr=0.5", "--seed=3")
     assert "lr: 0.003 there, 0.5 now, seed: 0 there, 3 now" in text
     pretrain.main([*words, "--num_workers=1", "--micro_batch=4"])  # these may change
+    assert "to train longer, --weights=" in error_of(capsys, *words, "--steps=4")
     pretrain.main([*words, "--lr=0.5", "--resume=never"])
     assert pretrain.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_a_resumed_run_wants_the_same_images_wherever_they_lie(tmp_path, dvae, capsys):
+    make_folder(tmp_path / "here", 20)
+    words = [*TOY, f"--out={tmp_path}/out", f"--tokenizer=dvae:{dvae}", "--steps=2"]
+    pretrain.main([*words, f"--data={tmp_path}/here"])
+    (tmp_path / "here").rename(tmp_path / "there")
+    pretrain.main([*words, f"--data={tmp_path}/there"])
+    Image.new("RGB", (40, 40)).save(tmp_path / "there" / "new.png")
+    text = error_of(capsys, *words, f"--data={tmp_path}/there")
+    assert re.search("images: '18 images, .* there, '19 images, .* now", text)
+    (tmp_path / "there" / "class0" / "deep" / "0.png").unlink()  # as many, but others
+    assert "18 images" in error_of(capsys, *words, f"--data={tmp_path}/there")
+    assert "20000 images" in error_of(capsys, *words, "--data=shapes")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path):
+    """No file may grow beyond some size after the first checkpoint: the system's error is as when
+    the disk is full."""
+    code = """
+import resource, sys, finetune_cls, pretrain
+save = pretrain.save_checkpoint
+def save_and_limit(*args, **state):
+    save(*args, **state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+pretrain.save_checkpoint = save_and_limit
+pretrain.run(lambda: finetune_cls.main(sys.argv[1:]))
+"""
+    done = python("-c", code, *TOY_CLS, f"--out={tmp_path}", "--data=shapes", check=False)
+    errors = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and errors[-1].startswith("error: ") and "Traceback" not in errors
+    assert "File too large; make room" in errors[-1]
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("error, remedy", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total"),
+     "lower --micro_batch"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\n"
+                  "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: "
+                  "No space left on device (28)"), "give --num_workers=0"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that "
+                  "dataloader's workers are out of shared memory."), "give --num_workers=0"),
+    (PermissionError(13, "Permission denied", "/out/a.png"), "/out/a.png'; give another --out"),
+])
+def test_what_a_machine_lacks_is_one_line_with_its_remedy(error, remedy, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        pretrain.run(main)
+    text = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and text.startswith("error: ") and "\n" not in text
+    assert remedy in text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, dvae, capsys):
@@ -2012,7 +2069,7 @@ def test_few_labels_are_drawn_evenly_and_by_the_seed():
     assert (np.bincount(labels[few[0]]) == 7).all() and len(set(few[0])) == 35
 
 
-def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_path):
+def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_path, capsys):
     words = [f"--data={labelled}", "--steps=24", "--eval_every=12", "--lr=2e-3", "--batch_size=12"]
     lines = toy_cls(tmp_path / "run", *words)
     assert [line["step"] for line in lines] == list(range(1, 25))
@@ -2029,15 +2086,45 @@ def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_pat
 
     model = Classifier(ViTConfig(**read_checkpoint(weights)["arch"]), 3)
     load_weights(model, weights, head=True)
-    right = 0
-    for kind in range(3):  # the accuracy again, from the files
-        for path in sorted((labelled / "val" / "abc"[kind]).iterdir()):
-            with Image.open(path) as image:
-                pixels = np.asarray(image.resize((32, 32), Image.BICUBIC)) / 255
-            image = torch.tensor((pixels - MEAN) / STD).permute(2, 0, 1)
-            with torch.no_grad():
-                right += int(model.eval()(image[None].float()).argmax() == kind)
-    assert math.isclose(alone["val_top1"], right / 10)
+    probs = {}  # again, from the files
+    for path in sorted((labelled / "val").glob("*/*.png")):
+        with Image.open(path) as image:
+            pixels = np.asarray(image.resize((32, 32), Image.BICUBIC)) / 255
+        image = torch.tensor((pixels - MEAN) / STD).permute(2, 0, 1)
+        with torch.no_grad():
+            probs[path] = model.eval()(image[None].float()).softmax(dim=1)[0].numpy()
+    right = {path: "abc"[row.argmax()] == path.parent.name for path, row in probs.items()}
+    assert math.isclose(alone["val_top1"], sum(right.values()) / 10)
+    for kind, count in zip("abc", (4, 3, 3)):  # the table of classes
+        top1 = 100 * np.mean([right[path] for path in right if path.parent.name == kind])
+        assert re.search(rf"^{kind} +{count} +{top1:.1f}%", done.stdout, re.MULTILINE)
+
+    # a folder with some of the classes, and one with another
+    (tmp_path / "some" / "val").mkdir(parents=True)
+    (tmp_path / "some" / "val" / "c").symlink_to(labelled / "val" / "c")
+    words[-1] = f"--data={tmp_path}/some"
+    of_c = [right[path] for path in right if path.parent.name == "c"]
+    assert math.isclose(finetune_cls.main(words)["val_top1"], np.mean(of_c), abs_tol=1e-6)
+    (tmp_path / "some" / "val" / "d").symlink_to(labelled / "val" / "b")
+    text = error_of(capsys, *words, script=finetune_cls)
+    assert "val/d: is none of the classes that --weights was trained on: a, b, c" in text
+
+    # prediction needs no options but the files
+    (labelled / "val" / "broken.jpg").write_bytes(b"no image")
+    words = ["--task=predict", f"--weights={weights}", f"--data={labelled}/val",
+             f"--out={tmp_path}/predicted", "--micro_batch=2", "--num_workers=0"]
+    done = python("finetune_cls.py", *words, processes=2)
+    (labelled / "val" / "broken.jpg").unlink()
+    assert "broken.jpg: skipped" in done.stdout
+    with open(tmp_path / "predicted" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    for row in rows:
+        expected = probs[labelled / "val" / row["file"]]
+        for place, number in enumerate(np.argsort(-expected), 1):
+            assert row[f"class_{place}"] == "abc"[number]
+            assert abs(float(row[f"probability_{place}"]) - expected[number]) < 1e-3
+    assert Image.open(tmp_path / "predicted" / "predictions.png").size == (8 * 128, 2 * 144)
 
 
 def test_a_classifier_is_the_start_of_another_with_other_classes(labelled, tmp_path):
