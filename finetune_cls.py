@@ -327,7 +327,7 @@ def check(config):
     check_range(config, 1, math.inf, "repeats", "neighbours")
     check_range(config, 0, math.inf, "mixup", "cutmix", "randaug_noise", "labels_per_class",
                 "sam_rho")
-    check_range(config, 0.01, 1, "eval_crop", "crop_min")
+    check_range(config, 0.01, 1, "eval_crop")
     check_range(config, 0, 0.99, "smoothing")
     check_range(config, 0, 1, "erasing")
     check_range(config, 0, 10, "randaug")

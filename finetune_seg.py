@@ -297,7 +297,7 @@ def check(config):
     """Raise BadInput for values that would leave pixels out, wait for ever, or fail late."""
     parse_scales(config)
     class_labels(config)
-    check_range(config, 0, math.inf, "aux_weight", "val_images")
+    check_range(config, 0, math.inf, "aux_weight")
     check_range(config, 0, 1, "most_of_crop")
     if not 0 < config.stride <= config.image_size:
         raise BadInput(f"--stride={config.stride}: with windows of --image_size="

@@ -295,8 +295,6 @@ class MaskedImageModelling(Objective):
         vit_config(config)  # raises BadInput if there is no such network
         if config.tokenizer.partition(":")[0] not in TOKENIZERS:
             build_tokenizer(config.tokenizer)  # which says what there is
-        check_range(config, 0.01, 1, "crop_min")
-        check_range(config, 0, math.inf, "jitter")
         if config.mask == "none" and config.predict == "masked":
             raise BadInput("--mask=none masks nothing to predict: give --predict=all with it")
         draw_mask(config.mask, config, np.random.default_rng(0))  # raises BadInput
@@ -858,9 +856,9 @@ OPEN_CHOICES = {"data": DATASETS, "tokenizer": TOKENIZERS}  # or a folder; NAME:
 
 
 def check_range(config, least, most, *names):
-    """Raise BadInput for an option of these names that is not from `least` to `most`."""
+    """Raise BadInput for an option of these names, if there is one, outside [least, most]."""
     for name in names:
-        value = getattr(config, name)
+        value = getattr(config, name, least)
         if not least <= value <= most:
             wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
             raise BadInput(f"--{name}={value}: give {wanted}")
@@ -917,7 +915,8 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
         shorten_warmup(config, config_class(**recipe))
     check_range(config, 1, math.inf, "image_size", "patch_size", "batch_size", "micro_batch")
     check_range(config, 0, math.inf, "steps", "warmup_epochs", "warmup_steps", "min_lr",
-                "clip_grad", "weight_decay", "seed", "num_workers")
+                "clip_grad", "weight_decay", "seed", "num_workers", "jitter", "val_images")
+    check_range(config, 0.01, 1, "crop_min")
     check_range(config, 1e-9, math.inf, "epochs", "lr")
     return config
 
