@@ -38,8 +38,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from masking import (
-    DATASETS, NORMS, BadInput, Images, batch_of_step, batches_of_all, derive_seed, folder_images,
-    local_shard, make_loader, micro_batches, normalise, open_images, rank, read_image, world_size,
+    DATASETS, NORMS, BadInput, batch_of_step, batches_of_all, derive_seed, folder_images,
+    local_shard, make_loader, micro_batches, normalise, open_pictures, patch_grid, rank, read_image,
+    world_size,
 )
 from model import Classifier, LinearProbes, ViT, load_weights, read_weights, write_atomically
 from pretrain import (
@@ -235,7 +236,7 @@ def train(config, objective_class=Classification):
                                                     config.layer_decay)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out, "
-        f"{num_classes} classes")
+        f"{num_classes} classes, {100 * most_frequent(val_images):.1f}% in the most frequent one")
     if start == steps:
         return True
 
@@ -406,6 +407,12 @@ def open_classes(folder, part, without=(), classes=None):
     return replace(images, classes=classes, read_label=labels.__getitem__)
 
 
+def most_frequent(images):
+    """The share of the most frequent class: the accuracy of always naming that."""
+    counts = np.bincount([int(images.read_label(key)) for key in images.keys])
+    return counts.max() / counts.sum()
+
+
 def few_of_each(labels, count, seed):
     """The indices of `count` labels of each class, drawn by the seed, in order."""
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -448,7 +455,7 @@ class LabelledViews(Dataset):
         image, found = self.images.load(index, self.config.skip_bad_images)
         label = -1
         if self.images.read_label:
-            label = self.images.read_label(self.images.keys[found])
+            label = int(self.images.read_label(self.images.keys[found]))
         torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
         return {"images": self.transform(image), "labels": label, "skipped": found != index}
 
@@ -797,35 +804,28 @@ def curves(config):
 
 @torch.no_grad()
 def attention(config):
-    """OUT/attention_NAME.png for a picture, or some of a folder or data set: what each head of the
-    last block looks at from one patch, framed in red (section 3.4)."""
+    """OUT/attention_NAME.png for a picture, or some of a folder or data set, at its own aspect:
+    what each head of the last block looks at from one patch, framed in red (section 3.4)."""
     if config.weights == "none":
         raise BadInput("--task=attention: give --weights=FILE, a checkpoint.pt of pretrain.py")
     device, _ = setup_device(config)
     arch = read_weights(config.weights)[1]
     model = ViT(arch).to(device).eval()
     log(load_weights(model, config.weights))
-    row = column = arch.grid // 2
-    if config.query:
-        numbers = re.fullmatch(r"(\d+),(\d+)", config.query)
-        row, column = map(int, numbers.groups()) if numbers else (arch.grid, arch.grid)
-        last = arch.grid - 1
-        if max(row, column) > last:
-            raise BadInput(f"--query={config.query}: give row,column, each from 0 to {last}")
-    if os.path.isfile(config.data):
-        images = Images([config.data], read_image, config.data)
-    else:
-        images = local_rank0_first(open_images, config.data, arch.image_size, 8)[1]
-    view = v2.Compose([centre_crop(arch.image_size, config.eval_crop), v2.PILToTensor()])
     patch = arch.patch_size
     red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1)
     glow = torch.tensor([1.0, 0.8, 0.2]).view(3, 1, 1)
+    images = local_rank0_first(open_pictures, config.data, arch.image_size)
     for index in range(len(images)):
-        image = view(images.load(index, config.skip_bad_images)[0])[None]
+        picture = images.load(index, config.skip_bad_images)[0]
+        height, width = patch_grid(picture.size, arch.image_size, patch)
+        row, column = query_patch(config.query, height, width)
+        view = v2.Compose([v2.Resize((height * patch, width * patch), BICUBIC), v2.PILToTensor()])
+        image = view(picture)[None]
         probs = model.attention_probs(normalise(image.to(device), config.norm)).cpu()
-        heat = probs[0, :, 1 + row * arch.grid + column, 1:]  # from that patch to all: (heads, N)
-        heat = heat.view(-1, 1, arch.grid, arch.grid)
-        heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=arch.image_size)
+        heat = probs[0, :, 1 + row * width + column, 1:]  # from that patch to all: (heads, N)
+        heat = heat.view(-1, 1, height, width)
+        heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=image.shape[2:])
         image = image / 255
         panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
         framed = panels[:, :, row * patch :, column * patch :][:, :, :patch, :patch]
@@ -833,10 +833,20 @@ def attention(config):
             framed[:, :, edge] = red
             framed[:, :, :, edge] = red
         titles = ["query"] + [f"head {number}" for number in range(len(heat))]
-        stem = os.path.splitext(os.path.basename(images.name(index)))[0]
-        path = os.path.join(config.out, "attention_" + re.sub(r"\W+", "_", stem) + ".png")
+        path = os.path.join(config.out, f"attention_{images.stem(index)}.png")
         save_columns(path, dict(zip(titles, panels.unsqueeze(1), strict=True)))
         log("wrote", path)
+
+
+def query_patch(query, height, width):
+    """(row, column) of --query on a grid of patches; its middle if there is none."""
+    if not query:
+        return height // 2, width // 2
+    numbers = re.fullmatch(r"(\d+),(\d+)", query)
+    row, column = map(int, numbers.groups()) if numbers else (height, width)
+    if row >= height or column >= width:
+        raise BadInput(f"--query={query}: give row,column, up to {height - 1},{width - 1}")
+    return row, column
 
 
 TASKS = {

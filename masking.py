@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -99,8 +100,12 @@ def no_mask(height, width, num_masked, rng=None, min_block=None):
 
 
 # Each is called with (height, width, num_masked, rng=..., min_block=...) and returns a bool array
-# (height, width), True = masked.
-MASKS = {"block": blockwise_mask, "random": random_mask, "none": no_mask}
+# (height, width), True = masked; num_masked are asked for by --mask_ratio.
+MASKS = {
+    "block": blockwise_mask,
+    "random": random_mask,
+    "none": no_mask,
+}
 
 # ---- images --------------------------------------------------------------------------------------
 
@@ -116,12 +121,21 @@ class Images:
     classes: list = None  # names
     read_label_map: Callable = None  # -> int64 (height, width)
 
+    def __post_init__(self):
+        if self.classes is not None:
+            self.classes = [str(name) for name in self.classes]
+
     def __len__(self):
         return len(self.keys)
 
     def name(self, index):
         key = self.keys[index]
         return key if isinstance(key, str) else f"{self.source} image {key}"
+
+    def stem(self, index):
+        """A name for files about the image."""
+        name = os.path.splitext(os.path.basename(self.name(index)))[0]
+        return re.sub(r"\W+", "_", name)
 
     def load(self, index, skip_bad=False):
         """(image, its index): the one at `index`, or if asked the first readable one after it."""
@@ -239,6 +253,23 @@ def open_images(data, image_size, val_images):
     return train, val
 
 
+def open_pictures(data, image_size, count=8):
+    """Images to look at: that of a file, or some of a folder or of a data set's held-out ones."""
+    if os.path.isfile(data):
+        return Images([data], read_image, data)
+    if os.path.isdir(data) and len(images := folder_images(data)):
+        return images.split(count)[0]
+    return open_images(data, image_size, count)[1]
+
+
+def patch_grid(size, side, patch_size):
+    """(height, width) in patches of a picture of `size` (width, height) whose short side is resized
+    to `side` pixels, or its long one to four times that if it is longer."""
+    scale = min(side / min(size), 4 * side / max(size))
+    width, height = (max(1, round(scale * length / patch_size)) for length in size)
+    return height, width
+
+
 # ---- data sets with a name -----------------------------------------------------------------------
 
 
@@ -285,7 +316,8 @@ def shapes_label_map(size, seed, index):
     return draw_shapes(size, seed, index)[2].astype(np.int64)
 
 
-# What a data set is called with: (train or held out, image_size, what follows "name:" in --data).
+# Each is called with (train or held out, image_size, what follows "name:" in --data) and returns
+# Images, or raises BadInput. Where none are held out, pre-training takes a tenth.
 DATASETS = {
     "shapes": shapes,
     "cifar10": functools.partial(cifar, CIFAR10),
@@ -553,8 +585,9 @@ def first_batch(dataset, count, device):
 
 
 if __name__ == "__main__":
-    for draw in (blockwise_mask, random_mask):
-        masks = [draw(14, 14, 75, rng=np.random.default_rng(seed)) for seed in range(3)]
-        print(draw.__name__)
+    for name, draw in MASKS.items():
+        rngs = [np.random.default_rng(seed) for seed in range(3)]
+        masks = [draw(14, 14, 75, rng=rng, min_block=16) for rng in rngs]
+        print(name)
         for row in np.where(np.concatenate(masks, axis=1), "##", ". "):
             print("  ".join("".join(part) for part in np.split(row, 3)))

@@ -1,8 +1,8 @@
 """Pre-train BEiT (arXiv 2106.08254): mask blocks of image patches, predict their visual tokens.
 
 No arguments is the paper's recipe (table 12): ViT-B, 800 epochs of ImageNet-1k, batch 2048,
-DALL-E's tokens. The paper gives about five days on 16 V100-32GB for its 500,000 steps, and 83.2%
-top-1 after fine-tuning; neither has been measured with this code. On 8 GPUs:
+DALL-E's tokens. The paper gives about five days on 16 V100s for its 500,000 steps, and 83.2% top-1
+after fine-tuning; neither has been measured with this code. On 8 GPUs:
     torchrun --nproc_per_node=8 pretrain.py --data=/path/to/imagenet --out=out/beit_base
 In minutes on two CPU cores, on images that the script draws itself:
     python pretrain.py --preset=shapes
@@ -38,7 +38,7 @@ import traceback
 import zipfile
 from collections import ChainMap
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -59,13 +59,13 @@ from tqdm import tqdm
 from masking import (
     DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all, denormalise,
     derive_seed, draw_mask, first_batch, local_shard, make_loader, micro_batches, normalise,
-    open_images, permutation, rank, to_device, world_size,
+    open_images, open_pictures, patch_grid, permutation, rank, to_device, world_size,
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViTConfig, load_weights, param_groups,
     write_atomically,
 )
-from tokenizer import DVAE, PCA, TOKENIZERS, build_tokenizer, read_checkpoint
+from tokenizer import TOKENIZERS, build_tokenizer, read_checkpoint
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment behind a field is its text in --help: why this value, or what goes wrong with another.
@@ -110,7 +110,7 @@ class RunConfig:
 
 @dataclass
 class Config(RunConfig):
-    task: str = "mim"  # masked image modelling, or one of its targets: tokenizer (a dVAE), pca
+    task: str = "mim"  # masked image modelling; a target: tokenizer (a dVAE), pca; reconstruct
     tokenizer: str = "dalle"  # what is predicted; dvae and pca without a file are trained first
     mask: str = "block"  # random: -0.1 top-1, -1.7 mIoU (table 4)
     mask_ratio: float = 0.383  # 75 of 14x14 patches, the authors' rounding of the paper's 40%
@@ -203,22 +203,31 @@ PRESETS = {
 
 
 class Objective(nn.Module):
-    """What is trained, on what loss. The loop, the evaluation and the pictures ask for
+    """What is trained, on what loss. It is made of (config, tokenizer), loads --weights and has
 
-    model                   the network that is saved, under the official names
-    token_size              pixels per side of the view that targets are made of
-    denominators(batch)     counts to divide by in this batch, such as [masked patches]
+    model        the network that is saved, under the official names
+    token_size   pixels per side of the view that targets are made of
     forward(batch, denominators, progress)
-                            (loss, metrics): this batch's sums over `denominators`, which are summed
-                            over the global batch, so that these shares add up to the global means;
-                            progress: how much of the run is done, 0 to 1
-    eval_sums(batch, progress), finish(sums, denominators)
-                            an evaluation: sums over a batch; metrics from the sums over all
-    pictures(batch)         columns of images (B, 3, H, W) in [0, 1], by their titles
+                 (loss, metrics): the sums over this batch divided by `denominators`, which are of
+                 the global batch, so that these shares add up to means; progress is 0 to 1
+    eval_sums(batch, progress)
+                 the sums over a batch of an evaluation
     """
 
     mask = "none"  # how its input is masked: a name in MASKS
     extra_views = {}  # views it needs besides the paired ones: {name: (count, transform)}
+
+    def denominators(self, batch):
+        """What to divide by in this batch: counts such as [masked patches]."""
+        return [len(batch["images"])]
+
+    def finish(self, sums, denominators):
+        """The metrics of an evaluation from the sums over all."""
+        return {name: value / denominators[0] for name, value in sums.items()}
+
+    def pictures(self, batch):
+        """Columns of images (B, 3, H, W) in [0, 1], by their titles."""
+        return {}
 
     @staticmethod
     def check(config):
@@ -267,7 +276,7 @@ class MaskedImageModelling(Objective):
         return {"loss": loss, **metrics, **self.tokenizer.statistics(tokens)}
 
     def finish(self, sums, denominators):
-        means = {name: value / denominators[0] for name, value in sums.items()}
+        means = super().finish(sums, denominators)
         return means | self.tokenizer.baselines(means)
 
     @torch.no_grad()
@@ -400,7 +409,7 @@ def evaluate(objective, dataset, config, device, dtype, progress):
 
 
 def make_objective(config, device, tokenizer=None):
-    """The objective of --task, on the device; it builds its `tokenizer` unless given."""
+    """The objective of --task on the device, with its `tokenizer` or a given one."""
     objective_class = find_objective(config)
     spec = objective_class.target(config)
     if spec in PREREQUISITES:
@@ -409,6 +418,25 @@ def make_objective(config, device, tokenizer=None):
         tokenizer = local_rank0_first(build_tokenizer, spec, device, config.patch_size)
     torch.manual_seed(config.seed)
     return objective_class(config, tokenizer).to(device)
+
+
+def main(argv=None):
+    config = parse_args(Config, PRESETS, CHOICES, argv, __doc__)
+    if config.task in OTHER_TASKS:
+        if config.dry_run:
+            raise BadInput(f"--dry_run: --task={config.task} takes minutes and has no plan")
+        return OTHER_TASKS[config.task](config)
+    objective_class = find_objective(config)
+    objective_class.check(config)
+    if config.dry_run:
+        return plan(config)
+    target = objective_class.target(config)
+    if target in PREREQUISITES and not make_prerequisite(config, target):
+        return None  # stopped by SIGTERM
+    return train(config)
+
+
+# ==== A first reading can stop here: above is all of BEiT's pre-training ==========================
 
 
 # What a tokenizer's training shares with the run that needs it. No other option changes it.
@@ -431,31 +459,12 @@ def make_prerequisite(config, target):
     return done
 
 
-def main(argv=None):
-    config = parse_args(Config, PRESETS, CHOICES, argv, __doc__)
-    if config.task in OTHER_TASKS:
-        if config.dry_run:
-            raise BadInput(f"--dry_run: --task={config.task} takes minutes and has no plan")
-        return OTHER_TASKS[config.task](config)
-    objective_class = find_objective(config)
-    objective_class.check(config)
-    if config.dry_run:
-        return plan(config)
-    target = objective_class.target(config)
-    if target in PREREQUISITES and not make_prerequisite(config, target):
-        return None  # stopped by SIGTERM
-    return train(config)
-
-
-# ==== A first reading can stop here: above is all of BEiT's pre-training ==========================
-
-
 class TokenizerTraining(Objective):
     """Our own dVAE (app. C): reconstruct images through Gumbel-softmax tokens."""
 
     def __init__(self, config, tokenizer):
         super().__init__()
-        self.model = DVAE.untrained(**asdict(config))
+        self.model = TOKENIZERS["dvae"].untrained(**asdict(config))
         self.kl_weight = config.kl_weight
         self.token_size = config.image_size // config.patch_size * config.downsample
 
@@ -463,9 +472,6 @@ class TokenizerTraining(Objective):
     def check(config):
         if config.weights != "none":
             raise BadInput("--task=tokenizer trains no ViT: leave --weights out")
-
-    def denominators(self, batch):
-        return [len(batch["images"])]
 
     def forward(self, batch, denominators, progress):
         images = batch["token_images"]
@@ -485,7 +491,7 @@ class TokenizerTraining(Objective):
         return {"loss": loss, **metrics, "mae": mae, "frequency": used}
 
     def finish(self, sums, denominators):
-        means = {name: value / denominators[0] for name, value in sums.items()}
+        means = super().finish(sums, denominators)
         return means | self.model.baselines(means)
 
     @torch.no_grad()
@@ -500,7 +506,7 @@ def fit_pca(config):
     device, _ = setup_device(config)
     images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                            config.val_images)
-    pca = PCA.untrained(**asdict(config))
+    pca = TOKENIZERS["pca"].untrained(**asdict(config))
     if config.micro_batch < 1 or len(images) < world_size():
         raise BadInput(f"--micro_batch={config.micro_batch}, {len(images)} images: give at least "
                        "one, and an image per process")
@@ -532,6 +538,42 @@ def fit_pca(config):
         columns = {f"{n} components": pca.decode(values[..., :n]) for n in counts[-5:]}
         save_columns(os.path.join(config.out, "reconstruction.png"), {"image": images, **columns})
     return True
+
+
+def reconstruct(config):
+    """OUT/reconstruction_NAME.png for a picture, or some of a folder or data set, at its own
+    aspect: what the BEiT in --weights, a checkpoint.pt of this script, fills in."""
+    checkpoint = read_checkpoint(config.weights)
+    options = checkpoint.get("config", {}) if isinstance(checkpoint, dict) else {}
+    if options.get("task") != "mim":
+        raise BadInput(f"--weights={config.weights}: no checkpoint.pt of masked image modelling")
+    device, dtype = setup_device(config)
+    kept = options.keys() - {"weights", *MAY_CHANGE_ON_RESUME}
+    trained = replace(config, **{name: options[name] for name in kept})
+    tokenizer = trained.tokenizer
+    if tokenizer in PREREQUISITES:
+        folder = os.path.dirname(config.weights)
+        tokenizer = build_tokenizer(f"{tokenizer}:{folder}/tokenizer/checkpoint.pt", device)
+    else:
+        tokenizer = build_tokenizer(tokenizer, device, trained.patch_size)
+    objective = MaskedImageModelling(trained, tokenizer).to(device).eval()
+    images = open_pictures(config.data, trained.image_size)
+    for index in range(len(images)):
+        picture = images.load(index, config.skip_bad_images)[0]
+        height, width = patch_grid(picture.size, trained.image_size, trained.patch_size)
+        batch = {}
+        for name, patch in (("images", trained.patch_size), ("token_images", tokenizer.downsample)):
+            resized = picture.resize((width * patch, height * patch))
+            batch[name] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
+        rng = np.random.default_rng([config.seed, index])
+        masked = round(trained.mask_ratio * height * width)
+        mask = MASKS[trained.mask](height, width, masked, rng=rng, min_block=trained.min_block)
+        batch["mask"] = batch["predict"] = torch.from_numpy(mask)[None]
+        with autocast(device, dtype):
+            columns = objective.pictures(to_device(batch, device, trained.norm))
+        path = os.path.join(config.out, f"reconstruction_{images.stem(index)}.png")
+        save_columns(path, columns)
+        log("wrote", path)
 
 
 class MIMWithContrast(MaskedImageModelling):
@@ -713,7 +755,7 @@ def save_columns(path, columns):
     if not columns:
         return
     images = torch.stack([column.float().cpu() for column in columns.values()], dim=1).flatten(0, 1)
-    scale = max(1, 128 // images.shape[3])  # tiny images are shown larger
+    scale = math.ceil(128 / images.shape[3])  # small images are shown larger
     images = F.interpolate(images.clamp(0, 1), scale_factor=scale)
     grid = make_grid(images, nrow=len(columns), padding=4, pad_value=1.0)
     picture = ImageOps.expand(to_pil_image(grid), border=(0, 14, 0, 0), fill="white")
@@ -792,13 +834,15 @@ time        {days:,.2f} days on {processes} processes""")
 
 OBJECTIVES = {"mim": MaskedImageModelling, "tokenizer": TokenizerTraining}
 # tasks that need no loop
-OTHER_TASKS = {"pca": fit_pca}
+OTHER_TASKS = {"pca": fit_pca, "reconstruct": reconstruct}
 # kinds of --tokenizer that are made first if no file is given: (task, function)
 PREREQUISITES = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
 
 
 def find_objective(config):
-    if config.task == "mim" and config.contrast != "none":
+    if config.contrast != "none":
+        if config.task != "mim":
+            raise BadInput(f"--contrast={config.contrast}: goes with --task=mim")
         return MIMWithContrast
     if config.mim_weight != 1 or config.local_crops:
         raise BadInput("--mim_weight and --local_crops go with a contrastive loss: give --contrast")
