@@ -2,7 +2,8 @@
 
 No arguments is the recipe of table 13: ViT-B from out/run/checkpoint.pt, 100 epochs of ImageNet-1k
 at 224 px, batch 1024. The paper reports 83.2% top-1 for it, and 81.8% for DeiT-B from scratch;
-neither has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/. On 8 GPUs:
+neither has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/, or CLASS/, of
+which a tenth is held out. On 8 GPUs:
     torchrun --nproc_per_node=8 finetune_cls.py --data=/path/to/imagenet --out=out/imagenet
 In minutes on two CPU cores, after `python pretrain.py --preset=shapes --steps=1200`:
     python finetune_cls.py --preset=shapes
@@ -56,7 +57,7 @@ from tokenizer import read_checkpoint
 
 @dataclass
 class Config(RunConfig):
-    data: str = "imagenet"  # folder with train/CLASS/ and val/CLASS/, or the name of a data set
+    data: str = "imagenet"  # folder with train/CLASS/ and val/CLASS/, or with CLASS/
     out: str = "out/imagenet"  # one folder per run: checkpoint.pt, metrics.jsonl, config.json
     weights: str = "out/run/checkpoint.pt"  # what to start from (README); none: from scratch
     epochs: float = 100  # passes over the data; from scratch a ViT needs three times as many
@@ -348,13 +349,17 @@ def main(argv=None):
 
 
 def open_labelled(config):
-    """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder."""
+    """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder
+    with train/CLASS/ and val/CLASS/, or with CLASS/, where a tenth is held out."""
     kind, _, argument = config.data.partition(":")
     val_images = open_held_out(config)
     if kind in DATASETS:
         train_images = DATASETS[kind](True, config.image_size, argument)
+    elif has_parts(config.data):
+        where = os.path.join(config.data, "train")
+        train_images = open_classes(where, without=val_images.keys)
     else:
-        train_images = open_classes(config.data, "train", without=val_images.keys)
+        train_images = a_tenth_and_rest(open_classes(config.data))[1]
     classes = train_images.classes
     others = val_images.classes
     if classes != others:
@@ -373,8 +378,10 @@ def open_held_out(config, classes=None):
     kind, _, argument = config.data.partition(":")
     if kind in DATASETS:
         images = DATASETS[kind](False, config.image_size, argument)
+    elif has_parts(config.data):
+        images = open_classes(os.path.join(config.data, "val"), classes=classes)
     else:
-        images = open_classes(config.data, "val", classes=classes)
+        images = a_tenth_and_rest(open_classes(config.data, classes=classes))[0]
     if not images.read_label:
         raise BadInput(f"--data={config.data}: has no labels")
     if len(images) < world_size():
@@ -382,13 +389,20 @@ def open_held_out(config, classes=None):
     return images
 
 
-def open_classes(folder, part, without=(), classes=None):
-    """The images of folder/part/CLASS/, less those of the paths in `without`. Labels number
-    `classes`, or else the folders in the order of their names."""
-    where = os.path.join(folder, part)
+def has_parts(folder):
+    return any(os.path.isdir(os.path.join(folder, part)) for part in ("train", "val"))
+
+
+def a_tenth_and_rest(images):
+    return images.split(max(1, len(images) // 10))
+
+
+def open_classes(where, without=(), classes=None):
+    """The images of where/CLASS/, less those of the paths in `without`. Labels number `classes`,
+    or else the folders in the order of their names."""
     if not os.path.isdir(where):
-        raise BadInput(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/, or is "
-                       f"one of {', '.join(DATASETS)}")
+        raise BadInput(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/, or "
+                       f"CLASS/, or is one of {', '.join(DATASETS)}")
     images = folder_images(where, without)
     names = {}
     for path in images.keys:

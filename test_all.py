@@ -2132,6 +2132,12 @@ def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_pat
     text = error_of(capsys, *words, script=finetune_cls)
     assert "val/d: is none of the classes that --weights was trained on: a, b, c" in text
 
+    # a folder of classes alone: a tenth is held out
+    train, val = finetune_cls.open_labelled(parse(f"--data={labelled}/train", script=finetune_cls))
+    assert len(train) == 22 and len(val) == 2 and train.classes == val.classes == ["a", "b", "c"]
+    assert not set(train.keys) & set(val.keys)
+    assert all("abc"[train.read_label(path)] == path.split("/")[-2] for path in train.keys)
+
     # prediction needs no options but the files
     (labelled / "val" / "broken.jpg").write_bytes(b"no image")
     words = ["--task=predict", f"--weights={weights}", f"--data={labelled}/val",
