@@ -136,8 +136,10 @@ class Attention(nn.Module):
         """(B, 1 + N, D) -> the same; `bias` (heads, 1 + N, 1 + N) is added to the logits."""
         q, k, v = self.queries_keys_values(x)
         bias = None if bias is None else bias.to(q.dtype).unsqueeze(0)
-        # stochastic depth may leave an empty batch, which some of its kernels refuse
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) if len(q) else v
+        if self.training and not len(q):  # stochastic depth kept no sample: some kernels refuse
+            x = v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         # (B, heads, 1 + N, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -256,7 +258,7 @@ class ViT(nn.Module):
     def encode(self, patches, grid):
         """Patch embeddings (B, N, D) of a grid (height, width) -> the features that enter the first
         block and those that leave each block: a list of depth + 1 times (B, 1 + N, D)."""
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed, *grid, self.resize)
         layers = [x]
