@@ -717,15 +717,13 @@ def from_transformers(state):
 
 def to_transformers(state):
     pairs = [(ours, theirs) for ours, theirs, *_ in HF_NAMES]
+    for name in [name for name in state if name.endswith("qkv.weight")]:
+        thirds = zip("qkv", state.pop(name).chunk(3), strict=True)
+        state |= {name.replace("qkv", part): third for part, third in thirds}
     out = {}
     for name, value in state.items():
-        parts = {name: value}
-        if name.endswith("qkv.weight"):
-            thirds = value.chunk(3)
-            parts = {name.replace("qkv", part): x for part, x in zip("qkv", thirds, strict=True)}
-        for part, x in parts.items():
-            part = rename(part, pairs)
-            out[part if part.startswith(HF_HEADS) else f"beit.{part}"] = x.contiguous()
+        name = rename(name, pairs)
+        out[name if name.startswith(HF_HEADS) else f"beit.{name}"] = value.contiguous()
     return out
 
 
@@ -782,15 +780,17 @@ def read_weights(path):
     checkpoint = read_folder(path) if os.path.isdir(path) else read_tensors(path)
     arch = checkpoint.get("arch")
     known = {}
-    if isinstance(arch, dict):
+    if isinstance(arch, dict) and "heads" in arch:  # ours
         known = {name: checkpoint[name] for name in ("config", "classes") if name in checkpoint}
-        checkpoint.pop("objective", None)  # ours: the same network again, and a teacher
+        checkpoint.pop("objective", None)  # the same network again, and a teacher
     else:
         arch = {}
     state, known["part"] = find_network(checkpoint)
-    if not {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
-        names = ", ".join([str(name) for name in checkpoint][:3]) or "nothing"
-        raise BadInput(f"{path}: no weights of a BEiT; it holds {names}")
+    needed = {"cls_token", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
+    if not needed <= state.keys() or state["patch_embed.proj.weight"].dim() != 4:
+        names = ", ".join([str(name) for name in checkpoint][:3]) or "no dictionary"
+        raise BadInput(f"{path}: no weights of a BEiT; it holds {names}; give a checkpoint or a "
+                       "model's state_dict()")
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
     tables = [v for k, v in state.items() if k.endswith("relative_position_bias_table")]
     if "pos_embed" in state:
@@ -940,9 +940,9 @@ def resize_positions(value, height, width, mode):
 
 
 def evaluation_view(config, known):
-    """How evaluation prepares an image (finetune_cls.centre_crop), or where the file doesn't say
-    it, the official code: (pixels to which the shorter side is resized before the middle is
-    cropped, or None if the whole image is squashed; mean; standard deviation)."""
+    """How evaluation prepares an image (finetune_cls.centre_crop): (pixels to which its shorter
+    side is resized before the middle is cropped, or None if the whole image is squashed; mean;
+    standard deviation). Where the file doesn't say it, as the official code does."""
     run = known.get("config", {})
     share = run.get("eval_crop", 0.875 if run or config.image_size < 384 else 1)
     edge = None if share == 1 else round(config.image_size / share)
@@ -1032,36 +1032,34 @@ def export_timm(path, out, state, config, known):
         crop_mode="center" if edge else "squash",
         crop_pct=config.image_size / (edge + 0.5) if edge else 1.0,  # timm rounds the edge down
     )
-    return (f"model = timm.create_model('beit_base_patch16_224', {in_python(model)}).eval()\n"
-            f"transform = timm.data.create_transform({in_python(view)})\n"
+    return (f"model = timm.create_model('beit_base_patch16_224', **{model}).eval()\n"
+            f"transform = timm.data.create_transform(**{view})\n"
             f"classes = torch.load({out!r}, weights_only=True)['classes']")
-
-
-def in_python(arguments):
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def export_onnx(path, out, state, config, known):
     optional("onnxscript", "--to=onnx")
+    edge, mean, std = evaluation_view(config, known)
     if "head.weight" in state:
         model = Classifier(config, len(state["head.bias"]))
     else:
+        edge = config.image_size  # as in finetune_seg.py, whose windows are as large
         last = 4 * (config.patch_size.bit_length() - 1)  # what follows the head's upsamplings
         model = Segmenter(config, len(state[f"head.layers.{last}.bias"]))
     load_weights(model, path, head=True)
     images = torch.zeros(2, 3, config.image_size, config.image_size)
-    with sdpa_kernel(SDPBackend.MATH):  # other kernels order the memory as the exporter can't
+    with sdpa_kernel(SDPBackend.MATH):  # the exporter fails at the other kernels' strides
         program = torch.onnx.export(
             model.eval(), (images,), dynamo=True, input_names=["images"], output_names=["logits"],
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
         )
-    about = dict(zip(("resize", "mean", "std"), evaluation_view(config, known)))
-    about |= {"image_size": config.image_size, "classes": known.get("classes")}
+    about = dict(image_size=config.image_size, shorter_side=edge, mean=mean, std=std,
+                 classes=known.get("classes"))
     for name, value in about.items():
         program.model.metadata_props[name] = json.dumps(value)
     write_atomically(out, lambda file: file.write(program.model_proto.SerializeToString()))
     return (f"session = onnxruntime.InferenceSession({out!r})\n"
-            "about = session.get_modelmeta().custom_metadata_map  # image_size, mean, std, ...\n"
+            "about = session.get_modelmeta().custom_metadata_map  # how images are prepared\n"
             "logits = session.run(['logits'], {'images': images})[0]")
 
 

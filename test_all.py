@@ -46,6 +46,7 @@ from model import (
     load_weights,
     param_groups,
 )
+from model import main as export_command
 from tokenizer import (
     DVAE,
     TOKENIZERS,
@@ -1025,14 +1026,9 @@ def test_weights_go_to_other_libraries_and_back(head, variant, side, tmp_path):
             assert "newly initialised: none" in load_weights(model, path, head=True)
             assert (model(*inputs) - expected).abs().max() < 1e-4
 
-    export_weights(tmp_path / "ours.pt", "timm", str(tmp_path / "timm.pth"))
-    paper = variant == "paper"
-    theirs = timm.create_model(
-        "beit_base_patch16_224", checkpoint_path=str(tmp_path / "timm.pth"), img_size=side,
-        embed_dim=192, num_heads=3, depth=2, num_classes=10, use_abs_pos_emb=paper,
-        use_rel_pos_bias=not paper, init_values=0.0 if paper else 0.1,
-        global_pool="" if masked else "avg",
-    ).eval()
+    python = {"timm": timm, "torch": torch}
+    exec(export_weights(tmp_path / "ours.pt", "timm", tmp_path / "timm.pth"), python)
+    theirs = python["model"]
     with torch.no_grad():
         if masked:  # timm's model masks no patches: compare the logits of all, none masked
             logits = ours(images, torch.zeros_like(mask), torch.arange(mask.numel()))
@@ -1233,9 +1229,8 @@ def save_classifier(path, share):
 def test_exported_classifiers_see_what_our_evaluation_sees(share, tmp_path):
     timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
     model = save_classifier(tmp_path / "w.pt", share)
-    text = export_weights(tmp_path / "w.pt", "timm", tmp_path / "timm.pth")
     python = {"timm": timm, "torch": torch}
-    exec(text, python)
+    exec(export_weights(tmp_path / "w.pt", "timm", tmp_path / "timm.pth"), python)
     assert python["classes"] == list("abcde")
     folder = str(tmp_path / "folder")
     export_weights(tmp_path / "w.pt", "transformers", folder)
@@ -1276,8 +1271,7 @@ def test_where_a_file_does_not_say_how_it_is_evaluated(tmp_path):
         assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
-@pytest.mark.parametrize("cls", [Classifier, Segmenter])
+@pytest.mark.parametrize("cls, variant", [(Classifier, "released"), (Segmenter, "paper")])
 def test_onnx(cls, variant, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -1292,8 +1286,19 @@ def test_onnx(cls, variant, tmp_path):
         with torch.no_grad():
             assert np.abs(python["logits"] - model(images).numpy()).max() < 1e-5
     about = {name: json.loads(value) for name, value in python["about"].items()}
-    assert about == {"image_size": 32, "resize": None, "mean": [0.5] * 3, "std": [0.5] * 3,
+    edge = None if cls is Classifier else 32
+    assert about == {"image_size": 32, "shorter_side": edge, "mean": [0.5] * 3, "std": [0.5] * 3,
                      "classes": list("abcde")}
+
+
+def test_export_from_the_command_line(tmp_path, capsys):
+    save_classifier(tmp_path / "w.pt", 1.0)
+    command = ["export", "--to=timm", str(tmp_path / "out.pth"), "--weights"]
+    export_command([*command, str(tmp_path / "w.pt")])
+    assert "'crop_mode': 'squash'" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        export_command([*command, str(tmp_path / "missing.pt")])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_what_another_library_does_not_have_is_not_exported(tmp_path, monkeypatch):
