@@ -770,12 +770,16 @@ def find_network(checkpoint):
 
 
 def read_weights(path):
-    """(weights under the official names, their ViTConfig, a dict of what else is known) of the BEiT
-    in a file or transformers folder: one of our checkpoints, an official .pth, a state dict of timm
-    or transformers, or what holds one of these (find_network). Where it isn't said how many heads
-    there are, each has 64 channels, as in table 11. The dict has "part" (of the file), and maybe
-    "config" (the run's options) and "classes" (their names). Raises BadInput if there is no BEiT.
-    """
+    """(weights under the official names, their ViTConfig) of the BEiT in a file or transformers
+    folder: one of our checkpoints, an official .pth, a state dict of timm or transformers, or what
+    holds one of these (find_network). Where it isn't said how many heads there are, each has 64
+    channels, as in table 11. Raises BadInput if there is no BEiT."""
+    return read_network(path)[:2]
+
+
+def read_network(path):
+    """What read_weights returns, and a dict of what else is known: the "part" of the file that was
+    read, and maybe "config" (the run's options) and "classes" (their names)."""
     path = str(path)
     checkpoint = read_folder(path) if os.path.isdir(path) else read_tensors(path)
     arch = checkpoint.get("arch")
@@ -885,7 +889,7 @@ def load_weights(model, path, head=False):
     asks for them. Returns three lines that say what was loaded, left out and newly initialised.
     Raises BadInput naming the first tensor that is missing, has another shape or has no place.
     """
-    state, config, known = read_weights(path)
+    state, config, known = read_network(path)
     target = model.state_dict()
     table = "relative_position_bias_table"
     own = [f"blocks.{number}.attn.{table}" for number in range(config.depth)]
@@ -954,7 +958,7 @@ def export_weights(path, to, out):
     to="transformers" the folder `out` for from_pretrained, with to="timm" the file `out` for
     `timm.create_model(..., checkpoint_path=out)`, which the official code reads too, with to="onnx"
     the file `out` for any batch. Returns Python that loads them and prepares an image."""
-    state, config, known = read_weights(path)
+    state, config, known = read_network(path)
     kind = next((kind for name, kind in HEADS.items() if name in state), "network without a head")
     export, kinds = EXPORTS[to]
     if kind not in kinds:
