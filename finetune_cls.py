@@ -10,8 +10,9 @@ What frozen features are worth (appendix D), and what the last block looks at (s
     python finetune_cls.py --preset=probe --data=/path/to/imagenet
     python finetune_cls.py --task=knn --data=/path/to/imagenet --labels_per_class=50
     python finetune_cls.py --task=attention --weights=out/shapes/checkpoint.pt --data=picture.jpg
-Evaluate, or draw the accuracy of several runs against their epochs:
+Evaluate, classify any folder of images, or draw the accuracy of several runs against their epochs:
     python finetune_cls.py --task=eval --weights=out/imagenet/checkpoint.pt --data=/path/to/imagenet
+    python finetune_cls.py --task=predict --weights=out/imagenet/checkpoint.pt --data=photos
     python finetune_cls.py --task=curves out/imagenet out/scratch --out=out/curves
 `--help` lists every option. Run a command again after it was killed, and it goes on where it was.
 
@@ -19,7 +20,9 @@ Read from the top: options, the objective, the loop, evaluation, main; that is a
 Images, mixing, and what looks at a trained network follow. The plumbing is pretrain.py's.
 """
 
+import csv
 import functools
+import io
 import math
 import os
 import re
@@ -28,21 +31,24 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from masking import (
-    DATASETS, NORMS, BadInput, Images, batch_of_step, batches_of_all, derive_seed, folder_images,
-    local_shard, make_loader, micro_batches, normalise, open_images, rank, read_image, world_size,
+    DATASETS, NORMS, BadInput, batch_of_step, batches_of_all, derive_seed, folder_images,
+    local_shard, make_loader, micro_batches, normalise, open_pictures, patch_grid, rank, read_image,
+    world_size,
 )
 from model import Classifier, LinearProbes, ViT, load_weights, read_weights, write_atomically
 from pretrain import (
-    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, learning_rate, local_rank0_first, log,
-    no_progress_bar, parse_args, prepare, read_metrics, run, run_length, save_columns, setup_device,
-    vit_config,
+    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
+    local_rank0_first, log, no_progress_bar, parse_args, prepare, read_metrics, run, run_length,
+    save_columns, setup_device, vit_config,
 )
+from tokenizer import read_checkpoint
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment behind a field is its text in --help: why this value, or what goes wrong with another.
@@ -178,10 +184,11 @@ PRESETS = {
 class Classification(nn.Module):
     """Cross entropy with label smoothing, a mean over the images of the global batch."""
 
-    def __init__(self, config, num_classes):
+    def __init__(self, config, classes):
         super().__init__()
+        self.classes = classes  # their names
         self.smoothing = config.smoothing
-        self.model = self.make_model(config, num_classes)
+        self.model = self.make_model(config, len(classes))
         if config.weights != "none":
             log(load_weights(self.model, config.weights, head=config.task == "eval"))
 
@@ -222,14 +229,14 @@ def train(config, objective_class=Classification):
 
     torch.manual_seed(config.seed)
     num_classes = len(train_images.classes)
-    objective = objective_class(config, num_classes).to(device)
+    objective = objective_class(config, train_images.classes).to(device)
     dataset = LabelledViews(train_images, config, train=True)
     val_dataset = LabelledViews(val_images, config, train=False)
-    model, optimizer, scaler, save, start = prepare(objective, config, device, dtype,
+    model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype,
                                                     config.layer_decay)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out, "
-        f"{num_classes} classes")
+        f"{num_classes} classes, {100 * most_frequent(val_images):.1f}% in the most frequent one")
     if start == steps:
         return True
 
@@ -241,7 +248,7 @@ def train(config, objective_class=Classification):
 
     for step, batch in enumerate(loader, start):
         # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the means are over in the global batch, and whether a process was asked to stop.
+        # the sums are divided by, and whether a process was asked to stop.
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break
@@ -263,10 +270,10 @@ def train(config, objective_class=Classification):
             metrics["loss"] = metrics.get("loss", 0) + loss.detach()
         if config.sam_rho:
             sam_gradients(model, micros, denominators, scaler, config, dtype, seed)
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update()  # and this lowers the scale
         optimizer.zero_grad(set_to_none=True)
 
         # the logger adds up the processes' shares; this norm is the same in all of them
@@ -301,41 +308,37 @@ def evaluate(objective, dataset, config, device, dtype):
 
 
 def evaluate_weights(config):
-    """--task=eval: the metrics of a fine-tuned network."""
+    """--task=eval: the metrics of a fine-tuned network, and what it confuses."""
     check(config)
     device, dtype = setup_device(config)
-    _, val_images = local_rank0_first(open_labelled, config)
-    objective = Classification(config, len(val_images.classes)).to(device).eval()
+    val_images = local_rank0_first(open_held_out, config, read_run(config.weights)[0])
+    objective = Confusion(config, val_images.classes).to(device).eval()
     dataset = LabelledViews(val_images, config, train=False)
     metrics = evaluate(objective, dataset, config, device, dtype)
+    log(objective.table())
     log(f"{len(dataset):,} images", *(f"{k} {v:.6g}" for k, v in metrics.items()))
     return metrics
 
 
 def check(config):
-    """Raise BadInput for values that would fail late or mean nothing."""
+    """Raise BadInput for values that mean nothing, before anything is loaded."""
     depth = vit_config(config, shared=False).depth  # says so if there is no such network
     if config.weights == "none" and config.task != "train":
         raise BadInput(f"--task={config.task}: give --weights=FILE, what it is to look at")
-    bounds = {"micro_batch": 1, "repeats": 1, "neighbours": 1, "mixup": 0, "cutmix": 0}
-    for name, least in bounds.items():
-        if getattr(config, name) < least:
-            raise BadInput(f"--{name}={getattr(config, name)}: give {least} or more")
-    for name in ("eval_crop", "crop_min"):
-        if not 0 < getattr(config, name) <= 1:
-            raise BadInput(f"--{name}={getattr(config, name)}: give a share, above 0, at most 1")
-    if not 0 <= config.smoothing < 1:
-        raise BadInput(f"--smoothing={config.smoothing}: give 0 or more, below 1")
-    if not 0 <= config.erasing <= 1:
-        raise BadInput(f"--erasing={config.erasing}: give 0 to 1")
-    if not 0 <= config.probe_layer <= depth:
-        raise BadInput(f"--probe_layer={config.probe_layer}: give 1 to {depth}, or 0 for all")
+    check_range(config, 1, math.inf, "repeats", "neighbours")
+    check_range(config, 0, math.inf, "mixup", "cutmix", "randaug_noise", "labels_per_class",
+                "sam_rho")
+    check_range(config, 0.01, 1, "eval_crop")
+    check_range(config, 0, 0.99, "smoothing")
+    check_range(config, 0, 1, "erasing")
+    check_range(config, 0, 10, "randaug")
+    check_range(config, 0, depth, "probe_layer")
 
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
     if config.runs and config.task != "curves":
-        raise BadInput(f"{config.runs[0]}: what is this for? An option is --NAME=VALUE")
+        raise BadInput(f"{config.runs[0]}: is no option; those are --NAME=VALUE")
     return TASKS[config.task](config)
 
 
@@ -347,22 +350,17 @@ def main(argv=None):
 def open_labelled(config):
     """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder."""
     kind, _, argument = config.data.partition(":")
+    val_images = open_held_out(config)
     if kind in DATASETS:
         train_images = DATASETS[kind](True, config.image_size, argument)
-        val_images = DATASETS[kind](False, config.image_size, argument)
     else:
-        train_images = open_classes(config.data, "train")
-        val_images = open_classes(config.data, "val")
-    if not train_images.read_label or not val_images.read_label:
-        raise BadInput(f"--data={config.data}: has no labels")
+        train_images = open_classes(config.data, "train", without=val_images.keys)
     classes = train_images.classes
     others = val_images.classes
     if classes != others:
         odd = sorted(set(classes) ^ set(others))
         raise BadInput(f"--data={config.data}: {len(classes)} classes in train/, {len(others)} in "
                        f"val/; {odd[0]} is in one only")
-    if len(val_images) < world_size():
-        raise BadInput(f"--data={config.data}: {len(val_images)} held-out images are too few")
     if config.labels_per_class:
         labels = np.array([train_images.read_label(key) for key in train_images.keys])
         kept = few_of_each(labels, config.labels_per_class, config.seed)
@@ -370,13 +368,28 @@ def open_labelled(config):
     return train_images, val_images
 
 
-def open_classes(folder, part):
-    """The images of folder/part/CLASS/; classes are numbered in the order of their names."""
+def open_held_out(config, classes=None):
+    """The held-out images of --data, labelled; `classes` are the names that labels number."""
+    kind, _, argument = config.data.partition(":")
+    if kind in DATASETS:
+        images = DATASETS[kind](False, config.image_size, argument)
+    else:
+        images = open_classes(config.data, "val", classes=classes)
+    if not images.read_label:
+        raise BadInput(f"--data={config.data}: has no labels")
+    if len(images) < world_size():
+        raise BadInput(f"--data={config.data}: {len(images)} held-out images are too few")
+    return images
+
+
+def open_classes(folder, part, without=(), classes=None):
+    """The images of folder/part/CLASS/, less those of the paths in `without`. Labels number
+    `classes`, or else the folders in the order of their names."""
     where = os.path.join(folder, part)
     if not os.path.isdir(where):
         raise BadInput(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/, or is "
                        f"one of {', '.join(DATASETS)}")
-    images = folder_images(where)
+    images = folder_images(where, without)
     names = {}
     for path in images.keys:
         names[path], _, rest = os.path.relpath(path, where).partition(os.sep)
@@ -384,14 +397,24 @@ def open_classes(folder, part):
             raise BadInput(f"{path}: is in no class; {where} should hold a folder per class")
     if not names:
         raise BadInput(f"{where}: there are no images; it should hold a folder per class")
-    classes = sorted(set(names.values()))
+    classes = classes or sorted(set(names.values()))
+    for name in names.values():
+        if name not in classes:
+            raise BadInput(f"{where}/{name}: is none of the classes that --weights was trained on: "
+                           f"{', '.join(classes[:10])}")
     numbers = {name: number for number, name in enumerate(classes)}
     labels = {path: numbers[name] for path, name in names.items()}
     return replace(images, classes=classes, read_label=labels.__getitem__)
 
 
+def most_frequent(images):
+    """The share of the most frequent class: the accuracy of always naming that."""
+    counts = np.bincount([int(images.read_label(key)) for key in images.keys])
+    return counts.max() / counts.sum()
+
+
 def few_of_each(labels, count, seed):
-    """The places of `count` labels of each class, drawn by the seed, in order."""
+    """The indices of `count` labels of each class, drawn by the seed, in order."""
     order = np.random.default_rng(seed).permutation(len(labels))
     kept = [order[labels[order] == label][:count] for label in np.unique(labels)]
     return np.sort(np.concatenate(kept)).tolist()
@@ -403,7 +426,7 @@ BICUBIC = v2.InterpolationMode.BICUBIC
 class LabelledViews(Dataset):
     """dataset[epoch, index] is a dict, all of it a function of (seed, epoch, index):
     images   (3, H, W), normalised float32
-    labels   the number of its class
+    labels   the number of its class; -1 where there are no labels
     skipped  whether it shows the next image because this one is unreadable
     """
 
@@ -430,7 +453,9 @@ class LabelledViews(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, found = self.images.load(index, self.config.skip_bad_images)
-        label = self.images.read_label(self.images.keys[found])
+        label = -1
+        if self.images.read_label:
+            label = int(self.images.read_label(self.images.keys[found]))
         torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
         return {"images": self.transform(image), "labels": label, "skipped": found != index}
 
@@ -507,8 +532,8 @@ def sam_perturb(parameters, rho):
 
 
 class LinearProbing(Classification):
-    """A linear classifier per layer of a frozen network (appendix D): the mean of their losses. Of
-    the metrics the best layer's count; each layer's accuracy is `top1_layer_N`."""
+    """A linear classifier per layer of a frozen network (appendix D): the mean of their losses. The
+    metrics are the best layer's; each layer's accuracy is `top1_layer_N`."""
 
     def make_model(self, config, num_classes):
         arch = vit_config(config, shared=False)
@@ -540,11 +565,11 @@ def probed_layers(config, arch):
 def probe(config):
     """--task=probe: train the classifiers, and print the accuracy of each."""
     check(config)
-    preset = f"{config.data}_probe" if f"{config.data}_probe" in PRESETS else "probe"
     for name, plain in PLAIN.items():
         if getattr(config, name) != plain:
             raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
-                           f"crops and flips only (appendix D); give --preset={preset}")
+                           "crops and flips only (appendix D); give --preset=probe, or another "
+                           "that ends so")
     done = train(config, LinearProbing)
     if done and rank() == 0:
         print_table(read_metrics(os.path.join(config.out, "metrics.jsonl"))[-1])
@@ -561,8 +586,8 @@ def print_table(metrics):
 
 @torch.no_grad()
 def knn(config):
-    """--task=knn: accuracy of the vote of the nearest training images, by their mean patch
-    features: no training, so that one can watch a pre-training improve."""
+    """--task=knn: accuracy of a vote of the nearest training images, by their mean patch features:
+    it needs no training, so that one can watch a pre-training improve."""
     check(config)
     if world_size() > 1:
         raise BadInput("--task=knn runs in one process: start it without torchrun")
@@ -609,6 +634,142 @@ def vote(queries, keys, labels, count):
     return votes.scatter_add_(1, labels[index], (close / 0.07).exp()).argmax(dim=1)
 
 
+# ---- what a classifier says ----------------------------------------------------------------------
+
+
+def read_run(path):
+    """(class names, config) of the run that wrote a checkpoint.pt; (None, {}) of other files."""
+    checkpoint = read_checkpoint(path) if path.endswith(".pt") else None
+    if not isinstance(checkpoint, dict):
+        return None, {}
+    return checkpoint.get("classes"), checkpoint.get("config") or {}
+
+
+class Confusion(Classification):
+    """An evaluation that also counts what each class is taken for."""
+
+    def eval_sums(self, batch):
+        logits = self.model(batch["images"]).float()
+        count = len(self.classes)
+        pairs = batch["labels"] * count + logits.argmax(dim=1)
+        pairs = torch.bincount(pairs, minlength=count**2)
+        return {**self.score(logits, batch["labels"]), "pairs": pairs}
+
+    def finish(self, sums, denominators):
+        count = len(self.classes)
+        self.matrix = sums["pairs"].reshape(count, count).astype(int)  # a row for each true class
+        metrics = {name: value for name, value in sums.items() if name != "pairs"}
+        return super().finish(metrics, denominators)
+
+    def table(self):
+        """The accuracy of up to 50 classes and what each is mostly taken for, or the 20 pairs that
+        are confused most."""
+        wrong = self.matrix.copy()
+        np.fill_diagonal(wrong, 0)
+        totals = self.matrix.sum(axis=1)
+        width = max(map(len, self.classes))
+        lines = []
+        if len(self.classes) <= 50:
+            lines.append(f"{'class':{width}}  images  top-1   mostly taken for")
+            for name, row, total, right in zip(self.classes, wrong, totals, self.matrix.diagonal()):
+                line = f"{name:{width}}  {total:>6}"
+                if total:
+                    line += f"  {100 * right / total:5.1f}%"
+                if row.any():
+                    line += f"  {self.classes[row.argmax()]} ({100 * row.max() / total:.1f}%)"
+                lines.append(line)
+        else:
+            lines.append(f"{'class':{width}}  taken for")
+            for place in np.argsort(-wrong, axis=None, kind="stable")[:20]:
+                true, found = np.unravel_index(place, wrong.shape)
+                share = 100 * wrong[true, found] / max(1, totals[true])
+                lines.append(f"{self.classes[true]:{width}}  {self.classes[found]} ({share:.1f}%)")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def predict(config):
+    """OUT/predictions.csv: the five likeliest classes of each image in the folder --data, and
+    OUT/predictions.png, a contact sheet. The network, and how it wants to see images, are read from
+    --weights."""
+    check(config)
+    device, dtype = setup_device(config)
+    if not os.path.isdir(config.data) or not len(images := folder_images(config.data)):
+        raise BadInput(f"--data={config.data}: no folder with images to classify")
+    state, arch = read_weights(config.weights)
+    if "head.weight" not in state:
+        raise BadInput(f"--weights={config.weights}: holds no classifier; fine-tune it first")
+    names, trained = read_run(config.weights)
+    names = names or [str(number) for number in range(len(state["head.weight"]))]
+    config = replace(
+        config,
+        image_size=arch.image_size,
+        norm=trained.get("norm", config.norm),
+        eval_crop=trained.get("eval_crop", config.eval_crop),
+        skip_bad_images=True,
+    )
+    model = Classifier(arch, len(names))
+    log(load_weights(model, config.weights, head=True))
+    model.to(device).eval()
+
+    dataset = LabelledViews(images, config, train=False)
+    keys = batches_of_all(len(dataset), config.micro_batch)
+    loader = make_loader(dataset, keys, config.num_workers, device)
+    count = min(5, len(names))
+    found = np.zeros((len(dataset), 2 * count))  # classes, and their probabilities
+    for part, batch in zip(keys, tqdm(loader, "predicting", disable=no_progress_bar())):
+        with autocast(device, dtype):
+            logits = model(batch["images"].to(device))
+        top = logits.float().softmax(dim=1).topk(count)
+        rows = torch.cat([top.indices, top.values], dim=1).cpu().numpy()
+        rows[batch["skipped"].numpy()] = 0  # it showed the next image
+        found[[index for _, index in part]] = rows
+    found = np.reshape(all_reduce_sum(*found.flatten().tolist()), found.shape)
+    if rank() == 0:
+        write_predictions(config.out, images, names, found)
+
+
+def write_predictions(out, images, names, found):
+    """`found` are (images, 2 * k): the k likeliest classes and their probabilities, or zeros for an
+    unreadable image."""
+    count = found.shape[1] // 2
+    header = ["file"]
+    for place in range(1, count + 1):
+        header += [f"class_{place}", f"probability_{place}"]
+    lines = [header]
+    sheet = []
+    for path, row in zip(images.keys, found):
+        if not row.any():
+            log(f"{path}: skipped, it cannot be read as an image")
+            continue
+        line = [os.path.relpath(path, images.source)]
+        for number, probability in zip(row[:count], row[count:]):
+            line += [names[int(number)], f"{probability:.4f}"]
+        lines.append(line)
+        sheet.append((path, f"{100 * row[count]:.0f}% {names[int(row[0])]}"))
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    path = os.path.join(out, "predictions.csv")
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    log(f"wrote {path}: {len(lines) - 1:,} images")
+
+    indices = np.linspace(0, len(sheet) - 1, min(64, len(sheet))).astype(int)
+    shown = [sheet[index] for index in indices]
+    side, caption = 128, 16
+    height = math.ceil(len(shown) / 8) * (side + caption)
+    picture = Image.new("RGB", (8 * side, max(1, height)), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (path, text) in enumerate(shown):
+        x = number % 8 * side
+        y = number // 8 * (side + caption)
+        thumbnail = ImageOps.contain(read_image(path), (side - 4, side - 4))
+        picture.paste(thumbnail, (x + 2, y + 2))
+        draw.text((x + 2, y + side), text[:20], fill="black")
+    path = os.path.join(out, "predictions.png")
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    log(f"wrote {path}")
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 
@@ -643,51 +804,55 @@ def curves(config):
 
 @torch.no_grad()
 def attention(config):
-    """OUT/attention_NAME.png for a picture, or some of a folder or data set: what each head of the
-    last block looks at from one patch, framed in red (section 3.4)."""
+    """OUT/attention_NAME.png for a picture, or some of a folder or data set, at its own aspect:
+    what each head of the last block looks at from one patch, framed in red (section 3.4)."""
     if config.weights == "none":
         raise BadInput("--task=attention: give --weights=FILE, a checkpoint.pt of pretrain.py")
     device, _ = setup_device(config)
     arch = read_weights(config.weights)[1]
     model = ViT(arch).to(device).eval()
     log(load_weights(model, config.weights))
-    row = column = arch.grid // 2
-    if config.query:
-        numbers = re.fullmatch(r"(\d+),(\d+)", config.query)
-        row, column = map(int, numbers.groups()) if numbers else (arch.grid, arch.grid)
-        last = arch.grid - 1
-        if max(row, column) > last:
-            raise BadInput(f"--query={config.query}: give row,column, each from 0 to {last}")
-    if os.path.isfile(config.data):
-        images = Images([config.data], read_image, config.data)
-    else:
-        images = local_rank0_first(open_images, config.data, arch.image_size, 8)[1]
-    view = v2.Compose([centre_crop(arch.image_size, config.eval_crop), v2.PILToTensor()])
     patch = arch.patch_size
-    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1)
     glow = torch.tensor([1.0, 0.8, 0.2]).view(3, 1, 1)
+    images = local_rank0_first(open_pictures, config.data, arch.image_size)
     for index in range(len(images)):
-        image = view(images.load(index, config.skip_bad_images)[0])[None]
+        picture = images.load(index, config.skip_bad_images)[0]
+        height, width = patch_grid(picture.size, arch.image_size, patch)
+        row, column = query_patch(config.query, height, width)
+        view = v2.Compose([v2.Resize((height * patch, width * patch), BICUBIC), v2.PILToTensor()])
+        image = view(picture)[None]
         probs = model.attention_probs(normalise(image.to(device), config.norm)).cpu()
-        heat = probs[0, :, 1 + row * arch.grid + column, 1:]  # from that patch to all: (heads, N)
-        heat = heat.view(-1, 1, arch.grid, arch.grid)
-        heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=arch.image_size)
+        heat = probs[0, :, 1 + row * width + column, 1:]  # from that patch to all: (heads, N)
+        heat = heat.view(-1, 1, height, width)
+        heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=image.shape[2:])
         image = image / 255
         panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
         framed = panels[:, :, row * patch :, column * patch :][:, :, :patch, :patch]
-        inner = framed[:, :, 1:-1, 1:-1].clone()
-        framed[:] = red
-        framed[:, :, 1:-1, 1:-1] = inner
+        for edge in (0, -1):
+            framed[:, :, edge] = red
+            framed[:, :, :, edge] = red
         titles = ["query"] + [f"head {number}" for number in range(len(heat))]
-        stem = os.path.splitext(os.path.basename(images.name(index)))[0]
-        path = os.path.join(config.out, "attention_" + re.sub(r"\W+", "_", stem) + ".png")
+        path = os.path.join(config.out, f"attention_{images.stem(index)}.png")
         save_columns(path, dict(zip(titles, panels.unsqueeze(1), strict=True)))
         log("wrote", path)
+
+
+def query_patch(query, height, width):
+    """(row, column) of --query on a grid of patches; its middle if there is none."""
+    if not query:
+        return height // 2, width // 2
+    numbers = re.fullmatch(r"(\d+),(\d+)", query)
+    row, column = map(int, numbers.groups()) if numbers else (height, width)
+    if row >= height or column >= width:
+        raise BadInput(f"--query={query}: give row,column, up to {height - 1},{width - 1}")
+    return row, column
 
 
 TASKS = {
     "train": train,
     "eval": evaluate_weights,
+    "predict": predict,
     "probe": probe,
     "knn": knn,
     "curves": curves,

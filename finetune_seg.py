@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -39,8 +39,9 @@ from masking import (
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
-    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, learning_rate, local_rank0_first, log,
-    no_progress_bar, parse_args, prepare, run, run_length, save_columns, setup_device, vit_config,
+    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
+    local_rank0_first, log, no_progress_bar, parse_args, prepare, run, run_length, save_columns,
+    setup_device, vit_config,
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
@@ -67,7 +68,8 @@ class Config(RunConfig):
     eval_every: int = 16_000  # steps between evaluations with pictures, 0 for one at the end
     task: str = "train"  # see the top of the file
     num_classes: int = 150  # classes to tell apart; labels run from 1 to this (ignore_zero)
-    ignore_zero: bool = True  # label 0 is "other" and not learnt; false: it is the first class
+    ignore_zero: bool = True  # label 0 is "other" and ignored; false: it is the first class
+    label_values: str = ""  # numbers of the classes in the label maps, such as 0,255; else as above
     layer_decay: float = 0.65  # a layer's lr over that of the layer above; 1 disables the decay
     aux_weight: float = 0.4  # of each auxiliary head's loss (SETR); 0 leaves them untrained
     scale_min: float = 0.5  # least factor that a training image is resized by before its crop
@@ -157,6 +159,7 @@ def train(config):
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_segmented, config)
     steps, steps_per_epoch, warmup = run_length(config, len(train_images))
+    count_labels(train_images, config)
 
     torch.manual_seed(config.seed)
     objective = Segmentation(config).to(device)
@@ -164,7 +167,7 @@ def train(config):
         objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     dataset = LabelMapViews(train_images, config, train=True)
     val_dataset = LabelMapViews(val_images, config, train=False)
-    model, optimizer, scaler, save, start = prepare(objective, config, device, dtype,
+    model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype,
                                                     config.layer_decay)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
@@ -178,7 +181,7 @@ def train(config):
 
     for step, batch in enumerate(loader, start):
         # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the means are over in the global batch, and whether a process was asked to stop.
+        # the sums are divided by, and whether a process was asked to stop.
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break
@@ -196,10 +199,10 @@ def train(config):
             # the processes, so this undoes its division
             scaler.scale(loss * world_size()).backward()
             metrics["loss"] = metrics.get("loss", 0) + loss.detach()
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update()  # and this lowers the scale
         optimizer.zero_grad(set_to_none=True)
 
         # the logger adds up the processes' shares; this norm is the same in all of them
@@ -243,8 +246,8 @@ def evaluate(objective, dataset, config, device, dtype):
     matrix = np.reshape(all_reduce_sum(*matrix.flatten().tolist()), matrix.shape)
     means, iou, accuracy = scores(matrix)
     table = ["label     IoU  accuracy"]
-    for number, row in enumerate(zip(100 * iou, 100 * accuracy), int(config.ignore_zero)):
-        table.append(f"{number:>5}  {row[0]:5.1f}%    {row[1]:5.1f}%")
+    for row in zip(class_labels(config), 100 * iou, 100 * accuracy):
+        table.append("{:>5}  {:5.1f}%    {:5.1f}%".format(*row))
     return {f"val_{name}": float(value) for name, value in means.items()}, table
 
 
@@ -271,6 +274,7 @@ def evaluate_weights(config):
     check(config)
     device, dtype = setup_device(config)
     val_images = local_rank0_first(open_segmented, config)[1]
+    count_labels(val_images, config)
     objective = Segmentation(config).to(device).eval()
     dataset = LabelMapViews(val_images, config, train=False)
     record, table = evaluate(objective, dataset, config, device, dtype)
@@ -292,13 +296,16 @@ def main(argv=None):
 def check(config):
     """Raise BadInput for values that would leave pixels out, wait for ever, or fail late."""
     parse_scales(config)
+    class_labels(config)
+    check_range(config, 0, math.inf, "aux_weight")
+    check_range(config, 0, 1, "most_of_crop")
     if not 0 < config.stride <= config.image_size:
         raise BadInput(f"--stride={config.stride}: with windows of --image_size="
                          f"{config.image_size}, give 1 to {config.image_size}")
     if not 0 < config.scale_min <= config.scale_max:
         raise BadInput(f"--scale_min={config.scale_min}: give more than 0 and at most "
                          f"--scale_max={config.scale_max}")
-    if world_size() > 1 and config.batch_size % world_size():  # SyncBatchNorm waits for its peers
+    if world_size() > 1 and config.batch_size % world_size():  # SyncBatchNorm would wait for ever
         raise BadInput(f"--batch_size={config.batch_size}: batch norm wants the same number on "
                          f"each of {world_size()} processes; give a multiple of it")
 
@@ -333,7 +340,7 @@ def parse_scales(config):
         scales = [float(word) for word in config.scales.split(",")]
     except ValueError:
         scales = []
-    if not scales or min(scales) <= 0:
+    if not scales or not all(0 < scale < math.inf for scale in scales):
         raise BadInput(f"--scales={config.scales}: give numbers above 0, such as 0.75,1,1.25")
     return scales
 
@@ -376,19 +383,20 @@ def open_segmented(config):
         if train.read_label_map is None:
             raise BadInput(f"--data={config.data}: has no label maps to learn segmentation from")
     else:
-        train = open_folder(config.data, "training")
         val = open_folder(config.data, "validation")
+        train = open_folder(config.data, "training", without=val.keys)
     return train, val.split(config.val_images or len(val))[0]
 
 
-def open_folder(data, part):
+def open_folder(data, part, without=()):
     """The images of one part of a folder in ADE20K's layout, with the label maps of their names."""
     folders = [os.path.join(data, kind, part) for kind in ("images", "annotations")]
     for folder in folders:
         if not os.path.isdir(folder):
             raise BadInput(f"{folder}: no such folder; --data holds images/ and annotations/, "
                            "each with training/ and validation/")
-    images, maps = map(folder_images, folders)
+    images = folder_images(folders[0], without)
+    maps = folder_images(folders[1])
     if not len(images):
         raise BadInput(f"{folders[0]}: there are no images")
     by_stem = {stem(path, folders[1]): path for path in maps.keys}
@@ -406,35 +414,92 @@ def stem(path, folder):
 
 
 def read_label_map(label_maps, path):
-    return read_labels(label_maps[path])
+    """The label map of an image as it is seen upright. It counts as drawn so, unless its size is
+    that of the stored pixels, before EXIF's quarter turn: then it is turned like the image."""
+    labels = read_labels(label_maps[path])
+    with Image.open(path) as image:
+        width, height = image.size
+        if "exif" in image.info and width != height and labels.shape == (height, width):
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if turn >= 5:  # the quarter turns
+                stored = Image.fromarray(labels.astype(np.int32))
+                stored.getexif()[ExifTags.Base.Orientation] = turn
+                labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
+    return labels
 
 
 def read_labels(path):
-    """The numbers in a label map of 8 or 16 bits or with a palette, (height, width) int64."""
+    """The numbers in a label map of 8, 16 or 32 bits or with a palette, (height, width) int64."""
     try:
         with Image.open(path) as image:
-            labels = np.asarray(image)
+            lossy = image.format == "JPEG"
+            labels = np.asarray(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise BadInput(f"{path}: cannot be read as a label map ({error})") from error
-    if labels.ndim != 2:
-        raise BadInput(f"{path}: a label map has one channel, not {labels.shape[2]} colours; "
-                         "save the numbers of the classes")
+    if lossy:
+        raise BadInput(f"{path}: a JPEG; its compression makes up labels. Save label maps as PNG")
+    if labels.ndim == 3 and (labels[..., :3] == labels[..., :1]).all():
+        labels = labels[..., 0]  # grey, saved as a colour image
+    if labels.ndim != 2 or labels.dtype.kind == "f" or labels.min() < 0:
+        raise BadInput(f"{path}: a label map has one channel of whole numbers, those of the "
+                       "classes; this holds colours or other numbers")
     return labels.astype(np.int64)
 
 
-def classes_of(labels, config, name, size):
+def class_labels(config):
+    """(num_classes,) int64: the number of each class in the label maps."""
+    if config.num_classes < 2:
+        raise BadInput(f"--num_classes={config.num_classes}: leaves nothing to tell apart; the "
+                       "background is a class too. Where it is 0 and the other 255, give "
+                       "--num_classes=2 --label_values=0,255")
+    numbers = range(int(config.ignore_zero), config.num_classes + int(config.ignore_zero))
+    if config.label_values:
+        numbers = [int(word) if word.strip().isdecimal() else -1
+                   for word in config.label_values.split(",")]
+        if min(numbers) < 0 or len(set(numbers)) != config.num_classes:
+            raise BadInput(f"--label_values={config.label_values}: give --num_classes="
+                           f"{config.num_classes} different numbers, such as 0,255")
+    return np.array(numbers)
+
+
+def classes_of(labels, config, name):
     """Labels as they are in the file -> the numbers of classes, from 0, or IGNORE. 255 is ignored
-    where no class has it. Raises BadInput if they do not fit the image or the classes."""
-    if labels.shape != size:
-        raise BadInput(f"{name}: a label map of {labels.shape[1]}x{labels.shape[0]} for an image "
-                         f"of {size[1]}x{size[0]}")
-    shift = int(config.ignore_zero)
-    top = config.num_classes - 1 + shift
-    labels = np.where((labels == 255) & (top < 255), shift + IGNORE, labels)
-    if labels.max() > top:
-        raise BadInput(f"{name}: label {labels.max()} is above {top}, the last of --num_classes="
-                         f"{config.num_classes} with --ignore_zero={config.ignore_zero}")
-    return labels - shift  # 0 becomes IGNORE, if it is to be ignored
+    where no class has it; with --label_values all that are not listed are. Raises BadInput if a
+    label is none of them."""
+    numbers = class_labels(config)
+    wrong = (labels > numbers.max()) & (labels != 255)
+    if not config.label_values and wrong.any():
+        raise BadInput(f"{name}: label {labels[wrong].max()} is above {numbers.max()}, the last of "
+                       f"--num_classes={config.num_classes} with --ignore_zero="
+                       f"{config.ignore_zero}; --label_values lists others")
+    table = np.full(1 + max(255, *numbers, labels.max()), IGNORE)
+    table[numbers] = np.arange(len(numbers))
+    return table[labels]
+
+
+def count_labels(images, config):
+    """Log which labels occur in 50 of the label maps, and how much is ignored. Raises BadInput if
+    there are no two classes: then all others are read too, as one may be rare."""
+    counts = np.zeros(2**16, dtype=np.int64)
+    learnt = np.zeros(config.num_classes, dtype=np.int64)
+    order = np.random.default_rng(0).permutation(len(images)).tolist()
+    for number, index in enumerate(order):
+        if number >= 50 and np.count_nonzero(learnt) > 1:
+            break
+        labels = images.read_label_map(images.keys[index])
+        classes = classes_of(labels, config, images.name(index))
+        counts += np.bincount(labels.clip(max=2**16 - 1).flatten(), minlength=2**16)
+        learnt += np.bincount(classes[classes != IGNORE], minlength=config.num_classes)
+    shares = counts / counts.sum()
+    frequent = np.argsort(-shares, kind="stable")[: min(10, np.count_nonzero(counts))].tolist()
+    found = ", ".join(f"{label} ({100 * shares[label]:.1f}%)" for label in frequent)
+    ignored = 100 - 100 * learnt.sum() / counts.sum()
+    log(f"labels: {np.count_nonzero(learnt)} of {config.num_classes} classes occur, {ignored:.1f}% "
+        f"of the pixels are ignored; the most frequent labels are {found}")
+    if np.count_nonzero(learnt) < 2:
+        raise BadInput(f"--data={config.data}: {np.count_nonzero(learnt)} of --num_classes="
+                       f"{config.num_classes} occur in its label maps, which hold {found}; say "
+                       "which numbers are the classes: --num_classes=2 --label_values=0,255")
 
 
 class LabelMapViews(Dataset):
@@ -462,8 +527,12 @@ class LabelMapViews(Dataset):
         size = tuple(image.shape[1:])
         labels = None
         if self.images.read_label_map:  # there are none where labels are to be predicted
-            labels = self.images.read_label_map(self.images.keys[found])
-            labels = classes_of(labels, self.config, self.images.name(found), size)
+            name = self.images.name(found)
+            labels = classes_of(self.images.read_label_map(self.images.keys[found]), self.config,
+                                name)
+            if labels.shape != size:
+                raise BadInput(f"{name}: its label map has {labels.shape[1]}x{labels.shape[0]} "
+                               f"pixels, the image {size[1]}x{size[0]}")
             labels = tv_tensors.Mask(torch.from_numpy(labels))
         if self.train:
             torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
@@ -499,8 +568,8 @@ DISTORTIONS = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # m
 
 
 def fit_size(size, side, factor=1.0):
-    """[height, width] of an image resized, with its aspect kept, to be as large as fits 4 * side by
-    side, either way round, times a factor: its short side is `side`, unless it is very long."""
+    """[height, width] of an image resized, with its aspect kept, so that it just fits 4 * side by
+    side, in either orientation, times a factor: its short side is `side`, or less if it is long."""
     scale = factor * min(4 * side / max(size), side / min(size))
     return [max(1, round(scale * length)) for length in size]
 
@@ -550,8 +619,9 @@ def predict(config):
         raise BadInput(f"--data={config.data}: no folder with images to predict")
     model = Segmentation(config).to(device).eval().model
     dataset = LabelMapViews(images, config, train=False)
-    first = int(config.ignore_zero)
-    colours = np.concatenate([np.zeros((first, 3), np.uint8), palette(config.num_classes)])
+    numbers = class_labels(config)
+    colours = np.zeros((1 + max(255, *numbers), 3), np.uint8)
+    colours[numbers] = palette(config.num_classes)
     keys = batches_of_all(len(images), 1)
     loader = make_loader(dataset, keys, config.num_workers, device)
     bar = tqdm(loader, "predicting", len(keys), disable=no_progress_bar())
@@ -562,7 +632,7 @@ def predict(config):
         image = images.load(index)[0]
         size = image.size[::-1]
         labels = predict_labels(model, batch["images"].to(device), size, config, dtype)[0]
-        labels = labels.cpu().numpy() + first
+        labels = numbers[labels.cpu().numpy()]
         if labels.max() < 256:
             picture = Image.fromarray(labels.astype(np.uint8))
             picture.putpalette(colours[:256].tobytes())

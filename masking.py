@@ -6,8 +6,10 @@ history: so a batch is the same for any number of workers and processes, and aft
 """
 
 import functools
+import hashlib
 import math
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 
 class BadInput(ValueError):
-    """What the user can mend: printed as one line, without a traceback."""
+    """An error that the user can mend: printed as one line, without a traceback."""
 
 
 # ---- masks ---------------------------------------------------------------------------------------
@@ -35,8 +37,8 @@ def blockwise_mask(
     """Mask rectangular blocks of patches until `num_masked` are masked or no block fits (algorithm
     1).
 
-    A block is drawn with min_block to max_block patches (None: as many as are still to be masked;
-    if those are fewer than min_block, in between), an aspect ratio log-uniform in [min_aspect,
+    A block's patches are drawn between min_block and max_block (None: as many as are still to be
+    masked, which may be fewer), an aspect ratio log-uniform in [min_aspect,
     1 / min_aspect], and is smaller than the grid in both directions. Returns a bool array (height,
     width), True = masked: at least one patch, at most `num_masked`. For the paper's 75 of 14x14 the
     mean is 74.5, because the last few patches often fit no block. `rng` is a numpy Generator.
@@ -55,8 +57,8 @@ def blockwise_mask(
     uniform = (rng or np.random.default_rng()).random  # a third of the cost of rng.integers
     mask = np.zeros((height, width), dtype=bool)
     masked = tries = 0
-    # Ten tries per block as in the official code, but the first is tried until it is there: an
-    # empty mask would make the loss 0 / 0. If 10,000 tries fail, the grid is too small for it.
+    # Ten tries per block as in the official code, but 10,000 for the first: an empty mask would
+    # make the loss 0 / 0. If they fail, the grid is too small for it.
     while masked < num_masked and tries < (10 if masked else 10_000):
         tries += 1
         remaining = num_masked - masked
@@ -82,8 +84,8 @@ def blockwise_mask(
 
 
 def random_mask(height, width, num_masked, rng=None, min_block=None):
-    """Mask exactly `num_masked` patches, each equally likely (table 4); `min_block` means nothing
-    here. Returns and raises as `blockwise_mask` does."""
+    """Mask exactly `num_masked` patches, each equally likely (table 4); `min_block` is ignored.
+    Returns a bool array as `blockwise_mask` does. Raises BadInput if there are not so many."""
     if not 0 < num_masked <= height * width:
         raise BadInput(f"num_masked={num_masked} of a {height}x{width} grid: mask at least 1 patch "
                        f"and at most {height * width}")
@@ -98,15 +100,19 @@ def no_mask(height, width, num_masked, rng=None, min_block=None):
 
 
 # Each is called with (height, width, num_masked, rng=..., min_block=...) and returns a bool array
-# (height, width), True = masked.
-MASKS = {"block": blockwise_mask, "random": random_mask, "none": no_mask}
+# (height, width), True = masked; num_masked are asked for by --mask_ratio.
+MASKS = {
+    "block": blockwise_mask,
+    "random": random_mask,
+    "none": no_mask,
+}
 
 # ---- images --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Images:
-    """A list of images, whose functions take a key and are None where a data set lacks them."""
+    """A list of images, with functions of a key; one is None if the data set lacks such labels."""
 
     keys: list  # paths or numbers
     read: Callable  # -> RGB image
@@ -115,12 +121,21 @@ class Images:
     classes: list = None  # names
     read_label_map: Callable = None  # -> int64 (height, width)
 
+    def __post_init__(self):
+        if self.classes is not None:
+            self.classes = [str(name) for name in self.classes]
+
     def __len__(self):
         return len(self.keys)
 
     def name(self, index):
         key = self.keys[index]
         return key if isinstance(key, str) else f"{self.source} image {key}"
+
+    def stem(self, index):
+        """A name for files about the image."""
+        name = os.path.splitext(os.path.basename(self.name(index)))[0]
+        return re.sub(r"\W+", "_", name)
 
     def load(self, index, skip_bad=False):
         """(image, its index): the one at `index`, or if asked the first readable one after it."""
@@ -132,6 +147,13 @@ class Images:
                     raise BadInput(f"{self.name(found)}: cannot be read as an image ({error}); "
                                    "remove it or give --skip_bad_images") from error
         raise BadInput(f"{self.source}: no image in it can be read")
+
+    def fingerprint(self):
+        """What the images are, wherever they lie: their number and a hash of their names."""
+        names = [str(key).removeprefix(self.source) for key in self.keys]
+        kind = "" if isinstance(self.keys[0], str) else self.source
+        digest = hashlib.sha256("\n".join([kind, *names]).encode(errors="surrogateescape"))
+        return f"{len(self)} images, names {digest.hexdigest()[:8]}"
 
     def subset(self, indices):
         return replace(self, keys=[self.keys[index] for index in indices])
@@ -146,26 +168,70 @@ class Images:
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 
 
-def folder_images(folder):
-    """All images in a folder and below it, in the order of their paths."""
-    paths = []
-    for where, _, names in os.walk(folder, followlinks=True):
-        paths += [os.path.join(where, name) for name in names if name.lower().endswith(ENDINGS)]
-    return Images(sorted(paths), read_image, folder)
+def folder_images(folder, without=()):
+    """All images in a folder and below it, in the order of their paths: each real file once, by
+    however many links, and not those that the paths in `without` lead to. Hidden files and folders
+    are left out, and those that macOS adds to archives."""
+    held_out = {os.path.realpath(path) for path in without}
+    found = {}  # real path -> path
+    visited = set()
+    folders = [folder] if os.path.isdir(folder) else []
+    links = []  # to folders, after the real ones: the real path of a file is preferred
+    while folders or links:
+        where = (folders or links).pop()
+        real = os.path.realpath(where)
+        if real in visited:  # a link may lead back to a folder above it
+            continue
+        visited.add(real)
+        try:
+            entries = sorted(os.scandir(where), key=lambda entry: entry.name)
+        except OSError as error:
+            raise BadInput(f"{where}: cannot be read ({error.strerror})") from error
+        for entry in entries:
+            is_link = entry.is_symlink()
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                (links if is_link else folders).append(entry.path)
+            elif entry.name.lower().endswith(ENDINGS):
+                file = os.path.realpath(entry.path) if is_link else os.path.join(real, entry.name)
+                if not is_link or file not in found:
+                    found[file] = entry.path
+    kept = [path for file, path in found.items() if file not in held_out]
+    return Images(sorted(kept), read_image, folder)
+
+
+LONGEST = 100  # a longer strip would need gigabytes when its short side is resized
 
 
 def read_image(path):
     """The picture in a file as 8-bit RGB, turned as its EXIF tag says."""
     with Image.open(path) as image:
+        if max(image.size) > LONGEST * min(image.size):
+            width, height = image.size
+            raise ValueError(f"{width}x{height} pixels, a side over {LONGEST} times the other")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip them
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":
+            image = Image.fromarray(to_8_bits(np.asarray(image)))
         return image.convert("RGB")
+
+
+def to_8_bits(values):
+    """Grey values of any kind -> uint8. Their largest one tells what they fill: floats go up to 1,
+    integers have 8 bits, the 12 of a scanner, or 16."""
+    largest = values.max()
+    ranges = [255, 2**12 - 1, 2**16 - 1]
+    if values.dtype.kind == "f":
+        ranges.insert(0, 1)
+    fitting = [top for top in ranges if largest <= top]
+    if not fitting or not values.min() >= 0:  # so that nan is refused too
+        raise ValueError(f"has values from {values.min()} to {largest}; save it with 8 or 16 bits")
+    return np.round(values * (255 / fitting[0])).astype(np.uint8)
 
 
 def open_images(data, image_size, val_images):
     """(training images, at most `val_images` held-out ones) of --data: a name in DATASETS, or a
-    folder. A tenth is held out at most where nothing is by the data set itself."""
+    folder. Up to a tenth is held out if the folder has no val/."""
     kind, _, argument = data.partition(":")
     if kind in DATASETS:
         train = DATASETS[kind](True, image_size, argument)
@@ -173,8 +239,8 @@ def open_images(data, image_size, val_images):
     elif not os.path.isdir(data):
         raise BadInput(f"--data={data}: no such folder, and none of {', '.join(DATASETS)}")
     elif os.path.isdir(os.path.join(data, "train")):
-        train = folder_images(os.path.join(data, "train"))
         val = folder_images(os.path.join(data, "val"))
+        train = folder_images(os.path.join(data, "train"), without=val.keys)
     else:
         train = folder_images(data)
         val = []
@@ -185,6 +251,23 @@ def open_images(data, image_size, val_images):
     if not len(train):
         raise BadInput(f"--data={data}: holds no two images ({' '.join(ENDINGS)})")
     return train, val
+
+
+def open_pictures(data, image_size, count=8):
+    """Images to look at: that of a file, or some of a folder or of a data set's held-out ones."""
+    if os.path.isfile(data):
+        return Images([data], read_image, data)
+    if os.path.isdir(data) and len(images := folder_images(data)):
+        return images.split(count)[0]
+    return open_images(data, image_size, count)[1]
+
+
+def patch_grid(size, side, patch_size):
+    """(height, width) in patches of a picture of `size` (width, height) whose short side is resized
+    to `side` pixels, or its long one to four times that if it is longer."""
+    scale = min(side / min(size), 4 * side / max(size))
+    width, height = (max(1, round(scale * length / patch_size)) for length in size)
+    return height, width
 
 
 # ---- data sets with a name -----------------------------------------------------------------------
@@ -233,7 +316,8 @@ def shapes_label_map(size, seed, index):
     return draw_shapes(size, seed, index)[2].astype(np.int64)
 
 
-# What a data set is called with: (train or held out, image_size, what follows "name:" in --data).
+# Each is called with (train or held out, image_size, what follows "name:" in --data) and returns
+# Images, or raises BadInput. Where none are held out, pre-training takes a tenth.
 DATASETS = {
     "shapes": shapes,
     "cifar10": functools.partial(cifar, CIFAR10),
@@ -290,8 +374,8 @@ def draw_shapes(size, seed, index):
         box = (slice(first[0], end[0]), slice(first[1], end[1]))
         dy = y[box] - centre[0]
         dx = x[box] - centre[1]
-        angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024) & 1023
-        inside = RADII[kind][angle] * radius - np.hypot(dy, dx)  # pixels to the outline
+        angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024)
+        inside = RADII[kind][angle % 1024] * radius - np.hypot(dy, dx)  # pixels to the outline
         colour = tint((ground.mean() + rng.uniform(0.35, 0.65)) % 1, rng)  # unlike the ground's
         paint = texture(x[box] / size, y[box] / size, colour, rng)
         cover = (inside + 0.5).clip(0, 1)[..., None]  # soft over one pixel: no jagged edge
@@ -344,13 +428,12 @@ class Views(Dataset):
     predict       (grid, grid) bool, True = this patch's target is to be predicted
     skipped       whether it shows the next image because this one is unreadable
     and, for training, `extra_views` {name: (count, transform)} as (count, 3, side, side) uint8,
-    each with a crop of its own. Held-out images are cropped in the middle, no more.
+    each with a crop of its own. Held-out images are resized and cropped in the middle only.
     """
 
     def __init__(self, images, config, token_size, train, mask="none", extra_views=None):
         self.images = images
         self.config = config
-        self.grid = config.image_size // config.patch_size
         self.mask = mask
         self.extra_views = extra_views or {}
         patch_view = self.transform(config.image_size, InterpolationMode.BICUBIC, train)
@@ -394,7 +477,7 @@ class Views(Dataset):
 
 
 def draw_mask(name, config, rng):
-    """A mask (grid, grid), True = masked, of which config.mask_ratio is masked."""
+    """A mask (grid, grid), True = masked, of --mask_ratio, or a few patches less (algorithm 1)."""
     grid = config.image_size // config.patch_size
     num_masked = round(config.mask_ratio * grid**2)
     return MASKS[name](grid, grid, num_masked, rng=rng, min_block=config.min_block)
@@ -414,7 +497,7 @@ def normalise(images, norm):
 
 
 def denormalise(images, norm):
-    """The way back, to (B, 3, H, W) in [0, 1]."""
+    """The inverse, to (B, 3, H, W) in [0, 1]."""
     channels = zip(images.unbind(1), *NORMS[norm])
     images = torch.stack([channel * std + mean for channel, mean, std in channels], dim=1)
     return images.clamp(0, 1)
@@ -443,17 +526,18 @@ def permutation(count, seed, epoch):
 
 def batch_of_step(step, count, batch_size, seed, repeats=1):
     """The (epoch, index) pairs of a step's global batch: the next part of the epoch's permutation.
-    The last, incomplete part of an epoch is left out, as in the official code. With `repeats` an
-    image comes that often in a batch, far apart, and each time its first number is another."""
+    The last, incomplete batch of an epoch is dropped, as in the official code. With `repeats` each
+    image comes that often in a batch, under another first number, so that its views differ; an
+    epoch then shows that share of the images, as often."""
     epoch, part = divmod(step, count // batch_size)
-    images = -(-batch_size // repeats)
+    images = math.ceil(batch_size / repeats)
     order = permutation(count, seed, epoch)[part * images : (part + 1) * images]
     copies = [(epoch * repeats + copy, index) for copy in range(repeats) for index in order]
     return copies[:batch_size]
 
 
 def local_shard(items):
-    """This process's part of a list: consecutive, and as even as it goes."""
+    """This process's part of a list: consecutive, and as even as possible."""
     start = rank() * len(items) // world_size()
     return items[start : (rank() + 1) * len(items) // world_size()]
 
@@ -465,7 +549,7 @@ def batches_of_all(count, size):
 
 
 def make_loader(dataset, batches, workers, device):
-    """The batches of `dataset` that `batches` lists by their keys, in that order."""
+    """A loader of the batches whose keys `batches` lists, in order."""
     pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       worker_init_fn=ignore_sigterm)
@@ -477,9 +561,8 @@ def ignore_sigterm(worker):
 
 def micro_batches(batch, size):
     """Split a batch, a dict of tensors with a row per image, into parts of at most `size`."""
-    first = next(iter(batch.values()))
     return [{name: value[start : start + size] for name, value in batch.items()}
-            for start in range(0, len(first), size)]
+            for start in range(0, len(batch["images"]), size)]
 
 
 def to_device(batch, device, norm):
@@ -502,8 +585,9 @@ def first_batch(dataset, count, device):
 
 
 if __name__ == "__main__":
-    for draw in (blockwise_mask, random_mask):
-        masks = [draw(14, 14, 75, rng=np.random.default_rng(seed)) for seed in range(3)]
-        print(draw.__name__)
+    for name, draw in MASKS.items():
+        rngs = [np.random.default_rng(seed) for seed in range(3)]
+        masks = [draw(14, 14, 75, rng=rng, min_block=16) for rng in rngs]
+        print(name)
         for row in np.where(np.concatenate(masks, axis=1), "##", ". "):
             print("  ".join("".join(part) for part in np.split(row, 3)))

@@ -658,7 +658,10 @@ def write_atomically(path, write, keep=None):
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            try:
+                write(file)
+            except RuntimeError as error:  # torch.save's, which does not say that the disk is full
+                raise error.__context__ or error
             file.flush()
             os.fsync(file.fileno())
         if keep and os.path.exists(path):

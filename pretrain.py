@@ -1,8 +1,8 @@
 """Pre-train BEiT (arXiv 2106.08254): mask blocks of image patches, predict their visual tokens.
 
 No arguments is the paper's recipe (table 12): ViT-B, 800 epochs of ImageNet-1k, batch 2048,
-DALL-E's tokens. The paper gives about five days on 16 V100-32GB for its 500,000 steps, and 83.2%
-top-1 after fine-tuning; neither has been measured with this code. On 8 GPUs:
+DALL-E's tokens. The paper gives about five days on 16 V100s for its 500,000 steps, and 83.2% top-1
+after fine-tuning; neither has been measured with this code. On 8 GPUs:
     torchrun --nproc_per_node=8 pretrain.py --data=/path/to/imagenet --out=out/beit_base
 In minutes on two CPU cores, on images that the script draws itself:
     python pretrain.py --preset=shapes
@@ -38,7 +38,7 @@ import traceback
 import zipfile
 from collections import ChainMap
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -59,13 +59,13 @@ from tqdm import tqdm
 from masking import (
     DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all, denormalise,
     derive_seed, draw_mask, first_batch, local_shard, make_loader, micro_batches, normalise,
-    open_images, permutation, rank, to_device, world_size,
+    open_images, open_pictures, patch_grid, permutation, rank, to_device, world_size,
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViTConfig, load_weights, param_groups,
     write_atomically,
 )
-from tokenizer import DVAE, PCA, TOKENIZERS, build_tokenizer, read_checkpoint
+from tokenizer import TOKENIZERS, build_tokenizer, read_checkpoint
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment behind a field is its text in --help: why this value, or what goes wrong with another.
@@ -79,9 +79,9 @@ class RunConfig:
     out: str = "out/run"  # one folder per run: checkpoint.pt, metrics.jsonl, config.json, pictures
     weights: str = "none"  # file or folder of weights to start from (README); none: random ones
     size: str = "base"  # the paper has base and large (--preset=large); nano is for the demos
-    variant: str = "paper"  # paper: its tables' model; released: its checkpoints' (model.py)
-    image_size: int = 224  # pixels per side, a multiple of patch_size; twice is four times the work
-    patch_size: int = 16  # pixels per side; half is four times the work
+    variant: str = "paper"  # paper: as in its tables; released: as in the authors' checkpoints
+    image_size: int = 224  # pixels per side, a multiple of patch_size; twice costs four times
+    patch_size: int = 16  # pixels per side; half costs four times the compute
     epochs: float = 800  # passes over the data; 300 cost 0.3 points of ImageNet top-1 (table 4)
     steps: int = 0  # length of the run in steps; overrides --epochs unless 0
     batch_size: int = 2048  # images per step over ALL processes; for 512 halve the lr (the authors)
@@ -91,7 +91,7 @@ class RunConfig:
     schedule: str = "cosine"  # how the lr falls after the warm-up
     warmup_epochs: float = 10  # linear warm-up; a ViT without one diverges at this lr
     warmup_steps: int = 0  # length of the warm-up in steps; overrides --warmup_epochs unless 0
-    weight_decay: float = 0.05  # of matrices only; biases, norms and embeddings have none
+    weight_decay: float = 0.05  # of matrices; biases, norms, [CLS] and absolute positions have none
     clip_grad: float = 3.0  # largest gradient norm, 0 for none; the paper clips large at 1.0
     drop_path: float = 0.1  # stochastic depth of the last block; longer runs tolerate more
     seed: int = 0  # of the init, order, crops, masks and noise; rerun with others for error bars
@@ -103,29 +103,29 @@ class RunConfig:
     log_every: int = 50  # steps between log lines; each of them waits for the GPU
     eval_every: int = 6250  # steps between evaluations with pictures, 0 for one at the end
     save_every: int = 1250  # steps between checkpoints: what a crash loses; SIGTERM loses nothing
-    norm: str = "imagenet"  # pixel statistics; half: the authors' ImageNet-22k weights
+    norm: str = "imagenet"  # pixel mean and deviation; half with the authors' ImageNet-22k weights
     skip_bad_images: bool = False  # count and skip unreadable images; false stops at one
     tensorboard: bool = False  # also log for TensorBoard, which must be installed
 
 
 @dataclass
 class Config(RunConfig):
-    task: str = "mim"  # masked image modelling, or one of its targets: tokenizer (a dVAE), pca
+    task: str = "mim"  # masked image modelling; a target: tokenizer (a dVAE), pca; reconstruct
     tokenizer: str = "dalle"  # what is predicted; dvae and pca without a file are trained first
     mask: str = "block"  # random: -0.1 top-1, -1.7 mIoU (table 4)
     mask_ratio: float = 0.383  # 75 of 14x14 patches, the authors' rounding of the paper's 40%
-    min_block: int = 16  # least patches of a block (algorithm 1); lower it on grids below 8x8
+    min_block: int = 16  # minimum patches of a block (algorithm 1); lower it on grids below 8x8
     predict: Literal["masked", "all"] = "masked"  # all patches: -0.3 top-1, -3.7 mIoU (table 4)
-    crop_min: float = 0.08  # least area of the crop; raise it where images are tiny
+    crop_min: float = 0.08  # minimum area of the crop; raise it where images are tiny
     jitter: float = 0.4  # of brightness, contrast and saturation; the tokenizer sees it too
     val_images: int = 2048  # held-out images per evaluation; more is slower and less noisy
     # training a target first
-    tokenizer_steps: int = 50_000  # of training our own dVAE when --tokenizer=dvae does that first
-    tokenizer_lr: float = 1.5e-3  # peak of that; a small dVAE tolerates more than a ViT
+    tokenizer_steps: int = 50_000  # training steps of our dVAE, if --tokenizer=dvae trains it first
+    tokenizer_lr: float = 1.5e-3  # peak lr of that; a small dVAE tolerates more than a ViT
     tokenizer_warmup: int = 6250  # steps of its linear warm-up, at most a quarter of them
     vocab_size: int = 8192  # tokens of our own dVAE; fewer are learnt faster and carry less detail
     downsample: int = 8  # pixels per side to a token of our own dVAE; a power of two
-    dvae_dim: int = 128  # channels of our own dVAE; twice is four times the work
+    dvae_dim: int = 128  # channels of our own dVAE; doubling them costs four times the compute
     kl_weight: float = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few tokens are used
     components: int = 64  # of --task=pca; more are sharper, but the last ones are noise to predict
     # a contrastive loss beside it
@@ -139,7 +139,7 @@ class Config(RunConfig):
     teacher_momentum: float = 0.0  # at the start, then up to 1; less in short runs; 0: the method's
     teacher_temperature: float = 0.07  # of DINO's targets, from 0.04; runs of few steps stay there
     dry_run: bool = False  # print the plan of the run, without data, and stop
-    processes: int = 0  # GPUs that the plan is for; 0: as many as run it
+    processes: int = 0  # number of GPUs to plan for; 0: those running now
     images_per_s: float = 0.0  # of one process, for the plan's days; 0: measured now. V100: 148
 
 
@@ -203,21 +203,31 @@ PRESETS = {
 
 
 class Objective(nn.Module):
-    """What is trained, on what loss. The loop, the evaluation and the pictures ask for
+    """What is trained, on what loss. It is made of (config, tokenizer), loads --weights and has
 
-    model                   the network that is saved, under the official names
-    token_size              pixels per side of the view that targets are made of
-    denominators(batch)     numbers that its means are over in a batch, such as [masked patches]
+    model        the network that is saved, under the official names
+    token_size   pixels per side of the view that targets are made of
     forward(batch, denominators, progress)
-                            (loss, metrics), the batch's share of the means over `denominators`, the
-                            sums of those over the global batch; progress: how much is done, 0 to 1
-    eval_sums(batch, progress), finish(sums, denominators)
-                            an evaluation: sums over a batch; metrics from the sums over all
-    pictures(batch)         columns of images (B, 3, H, W) in [0, 1], by their titles
+                 (loss, metrics): the sums over this batch divided by `denominators`, which are of
+                 the global batch, so that these shares add up to means; progress is 0 to 1
+    eval_sums(batch, progress)
+                 the sums over a batch of an evaluation
     """
 
     mask = "none"  # how its input is masked: a name in MASKS
     extra_views = {}  # views it needs besides the paired ones: {name: (count, transform)}
+
+    def denominators(self, batch):
+        """What to divide by in this batch: counts such as [masked patches]."""
+        return [len(batch["images"])]
+
+    def finish(self, sums, denominators):
+        """The metrics of an evaluation from the sums over all."""
+        return {name: value / denominators[0] for name, value in sums.items()}
+
+    def pictures(self, batch):
+        """Columns of images (B, 3, H, W) in [0, 1], by their titles."""
+        return {}
 
     @staticmethod
     def check(config):
@@ -240,7 +250,7 @@ class MaskedImageModelling(Objective):
 
     def __init__(self, config, tokenizer):
         super().__init__()
-        object.__setattr__(self, "tokenizer", tokenizer)  # frozen: no submodule, in no checkpoint
+        object.__setattr__(self, "tokenizer", tokenizer)  # frozen: kept out of checkpoints
         self.norm = config.norm
         self.mask = config.mask
         self.model = BEiT(vit_config(config), tokenizer.num_outputs)
@@ -266,7 +276,7 @@ class MaskedImageModelling(Objective):
         return {"loss": loss, **metrics, **self.tokenizer.statistics(tokens)}
 
     def finish(self, sums, denominators):
-        means = {name: value / denominators[0] for name, value in sums.items()}
+        means = super().finish(sums, denominators)
         return means | self.tokenizer.baselines(means)
 
     @torch.no_grad()
@@ -291,10 +301,12 @@ class MaskedImageModelling(Objective):
 
     @staticmethod
     def check(config):
-        vit_config(config)  # says so if there is no such network
+        vit_config(config)  # raises BadInput if there is no such network
+        if config.tokenizer.partition(":")[0] not in TOKENIZERS:
+            build_tokenizer(config.tokenizer)  # which says what there is
         if config.mask == "none" and config.predict == "masked":
             raise BadInput("--mask=none masks nothing to predict: give --predict=all with it")
-        draw_mask(config.mask, config, np.random.default_rng(0))  # says so if none can be placed
+        draw_mask(config.mask, config, np.random.default_rng(0))  # raises BadInput
 
     @staticmethod
     def target(config):
@@ -317,7 +329,7 @@ def train(config):
     dataset = Views(train_images, config, objective.token_size, True, objective.mask,
                     objective.extra_views)
     val_dataset = Views(val_images, config, objective.token_size, False, objective.mask)
-    model, optimizer, scaler, save, start = prepare(objective, config, device, dtype)
+    model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
     if start == steps:
@@ -330,7 +342,7 @@ def train(config):
 
     for step, batch in enumerate(loader, start):
         # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the means are over in the global batch, and whether a process was asked to stop.
+        # the sums are divided by, and whether a process was asked to stop.
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break
@@ -350,10 +362,10 @@ def train(config):
             scaler.scale(loss * world_size()).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
                 metrics[name] = metrics.get(name, 0) + value
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update()  # and this lowers the scale
         optimizer.zero_grad(set_to_none=True)
         objective.after_step(step / steps)
 
@@ -391,13 +403,13 @@ def evaluate(objective, dataset, config, device, dtype, progress):
             sums[name] = sums.get(name, 0) + value.flatten().cpu().double()
     sums = {name: np.array(all_reduce_sum(*value.tolist())) for name, value in sums.items()}
     metrics = objective.finish(sums, all_reduce_sum(*denominators))
-    # what has more than one number, such as the tokens' frequencies, is no metric
+    # vectors, such as the tokens' frequencies, are no metrics
     return {f"val_{name}": float(np.squeeze(value)) for name, value in metrics.items()
             if np.size(value) == 1}
 
 
 def make_objective(config, device, tokenizer=None):
-    """The objective of --task, on the device; it builds its `tokenizer` unless given."""
+    """The objective of --task on the device, with its `tokenizer` or a given one."""
     objective_class = find_objective(config)
     spec = objective_class.target(config)
     if spec in PREREQUISITES:
@@ -406,6 +418,25 @@ def make_objective(config, device, tokenizer=None):
         tokenizer = local_rank0_first(build_tokenizer, spec, device, config.patch_size)
     torch.manual_seed(config.seed)
     return objective_class(config, tokenizer).to(device)
+
+
+def main(argv=None):
+    config = parse_args(Config, PRESETS, CHOICES, argv, __doc__)
+    if config.task in OTHER_TASKS:
+        if config.dry_run:
+            raise BadInput(f"--dry_run: --task={config.task} takes minutes and has no plan")
+        return OTHER_TASKS[config.task](config)
+    objective_class = find_objective(config)
+    objective_class.check(config)
+    if config.dry_run:
+        return plan(config)
+    target = objective_class.target(config)
+    if target in PREREQUISITES and not make_prerequisite(config, target):
+        return None  # stopped by SIGTERM
+    return train(config)
+
+
+# ==== A first reading can stop here: above is all of BEiT's pre-training ==========================
 
 
 # What a tokenizer's training shares with the run that needs it. No other option changes it.
@@ -428,31 +459,12 @@ def make_prerequisite(config, target):
     return done
 
 
-def main(argv=None):
-    config = parse_args(Config, PRESETS, CHOICES, argv, __doc__)
-    if config.task in OTHER_TASKS:
-        if config.dry_run:
-            raise BadInput(f"--dry_run: --task={config.task} takes minutes and has no plan")
-        return OTHER_TASKS[config.task](config)
-    objective_class = find_objective(config)
-    objective_class.check(config)
-    if config.dry_run:
-        return plan(config)
-    target = objective_class.target(config)
-    if target in PREREQUISITES and not make_prerequisite(config, target):
-        return None  # stopped by SIGTERM
-    return train(config)
-
-
-# ==== A first reading can stop here: above is all of BEiT's pre-training ==========================
-
-
 class TokenizerTraining(Objective):
     """Our own dVAE (app. C): reconstruct images through Gumbel-softmax tokens."""
 
     def __init__(self, config, tokenizer):
         super().__init__()
-        self.model = DVAE.untrained(**asdict(config))
+        self.model = TOKENIZERS["dvae"].untrained(**asdict(config))
         self.kl_weight = config.kl_weight
         self.token_size = config.image_size // config.patch_size * config.downsample
 
@@ -460,9 +472,6 @@ class TokenizerTraining(Objective):
     def check(config):
         if config.weights != "none":
             raise BadInput("--task=tokenizer trains no ViT: leave --weights out")
-
-    def denominators(self, batch):
-        return [len(batch["images"])]
 
     def forward(self, batch, denominators, progress):
         images = batch["token_images"]
@@ -482,7 +491,7 @@ class TokenizerTraining(Objective):
         return {"loss": loss, **metrics, "mae": mae, "frequency": used}
 
     def finish(self, sums, denominators):
-        means = {name: value / denominators[0] for name, value in sums.items()}
+        means = super().finish(sums, denominators)
         return means | self.model.baselines(means)
 
     @torch.no_grad()
@@ -493,15 +502,15 @@ class TokenizerTraining(Objective):
 
 def fit_pca(config):
     """Find the principal components of the patches of (at most 5,000) training images, as they
-    are seen in training. Returns True: unlike a training it takes minutes, and is never stopped."""
+    are seen in training. Returns True: it takes only minutes and cannot be interrupted."""
     device, _ = setup_device(config)
     images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                            config.val_images)
-    pca = PCA.untrained(**asdict(config))
+    pca = TOKENIZERS["pca"].untrained(**asdict(config))
     if config.micro_batch < 1 or len(images) < world_size():
         raise BadInput(f"--micro_batch={config.micro_batch}, {len(images)} images: give at least "
                        "one, and an image per process")
-    claim_folder(config)
+    claim_folder(config, images)
     if config.resume == "auto" and load_checkpoint(config.out):
         log(f"pca into {config.out}: done already")
         return True
@@ -531,13 +540,49 @@ def fit_pca(config):
     return True
 
 
+def reconstruct(config):
+    """OUT/reconstruction_NAME.png for a picture, or some of a folder or data set, at its own
+    aspect: what the BEiT in --weights, a checkpoint.pt of this script, fills in."""
+    checkpoint = read_checkpoint(config.weights)
+    options = checkpoint.get("config", {}) if isinstance(checkpoint, dict) else {}
+    if options.get("task") != "mim":
+        raise BadInput(f"--weights={config.weights}: no checkpoint.pt of masked image modelling")
+    device, dtype = setup_device(config)
+    kept = options.keys() - {"weights", *MAY_CHANGE_ON_RESUME}
+    trained = replace(config, **{name: options[name] for name in kept})
+    tokenizer = trained.tokenizer
+    if tokenizer in PREREQUISITES:
+        folder = os.path.dirname(config.weights)
+        tokenizer = build_tokenizer(f"{tokenizer}:{folder}/tokenizer/checkpoint.pt", device)
+    else:
+        tokenizer = build_tokenizer(tokenizer, device, trained.patch_size)
+    objective = MaskedImageModelling(trained, tokenizer).to(device).eval()
+    images = open_pictures(config.data, trained.image_size)
+    for index in range(len(images)):
+        picture = images.load(index, config.skip_bad_images)[0]
+        height, width = patch_grid(picture.size, trained.image_size, trained.patch_size)
+        batch = {}
+        for name, patch in (("images", trained.patch_size), ("token_images", tokenizer.downsample)):
+            resized = picture.resize((width * patch, height * patch))
+            batch[name] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
+        rng = np.random.default_rng([config.seed, index])
+        masked = round(trained.mask_ratio * height * width)
+        mask = MASKS[trained.mask](height, width, masked, rng=rng, min_block=trained.min_block)
+        batch["mask"] = batch["predict"] = torch.from_numpy(mask)[None]
+        with autocast(device, dtype):
+            columns = objective.pictures(to_device(batch, device, trained.norm))
+        path = os.path.join(config.out, f"reconstruction_{images.stem(index)}.png")
+        save_columns(path, columns)
+        log("wrote", path)
+
+
 class MIMWithContrast(MaskedImageModelling):
     """MIM and a contrastive loss, of which either may have the weight 0.
 
-    In ONE pass: the student's features of the masked image serve both, and are compared with those
-    of another whole view, of the teacher or of the student itself if there is none. Or as in
-    appendix E, beside each other: the student sees two whole views and --local_crops small ones,
-    the teacher the two. The teacher is the student's moving average.
+    In ONE pass, the student's features of the masked image serve both; they are compared with those
+    that the teacher, the student's moving average, has of another whole view (SimCLR: the student
+    itself). With --local_crops or --mim_weight=0 the passes are separate, as in appendix E: the
+    student sees two whole views and the small ones, the teacher the two.
     """
 
     def __init__(self, config, tokenizer):
@@ -639,7 +684,7 @@ class MIMWithContrast(MaskedImageModelling):
 
     def finish(self, sums, denominators):
         """`feature_std` is the standard deviation of the head's outputs, normalised to length 1,
-        times the root of their number: about 1 if they point everywhere, 0 if all collapsed."""
+        times the root of their number: about 1 if they are spread evenly, 0 if they collapsed."""
         mean = sums["z"] / denominators[1]
         variance = sums["z_square"] / denominators[1] - mean**2
         feature_std = np.sqrt(variance.clip(0)).mean() * math.sqrt(len(mean))
@@ -660,20 +705,17 @@ class MIMWithContrast(MaskedImageModelling):
             MaskedImageModelling.check(config)
         loss = CONTRASTIVE_LOSSES[config.contrast]
         name = f"--contrast={config.contrast}"
-        bounds = dict(local_crops=0, projector_dim=0, prototypes=1, mim_weight=0, contrast_weight=0)
-        for option, least in bounds.items():
-            if getattr(config, option) < least:
-                raise BadInput(f"--{option}={getattr(config, option)}: give {least} or more")
-        if not 0 <= config.teacher_momentum <= 1:
-            raise BadInput(f"--teacher_momentum={config.teacher_momentum}: give 0 to 1")
-        if config.teacher_temperature <= 0:
-            raise BadInput(f"--teacher_temperature={config.teacher_temperature}: give more than 0")
+        check_range(config, 0, math.inf, "local_crops", "projector_dim", "mim_weight",
+                    "contrast_weight")
+        check_range(config, 1, math.inf, "prototypes")
+        check_range(config, 0, 1, "teacher_momentum")
+        check_range(config, 0.001, math.inf, "teacher_temperature")
         if config.local_crops and not loss.sees_local_crops:
             raise BadInput(f"--local_crops={config.local_crops}: {name} has no small views")
         if not config.mim_weight + config.contrast_weight:
             raise BadInput("--mim_weight=0 --contrast_weight=0: nothing is left to train on")
         processes = config.processes if config.dry_run and config.processes else world_size()
-        need = -(-config.batch_size // processes)
+        need = math.ceil(config.batch_size / processes)
         if loss.needs_whole_batch and config.micro_batch < need:
             raise BadInput(f"{name}: compares all images of a batch, so gradients cannot "
                            f"accumulate; give --micro_batch={need}, or a smaller --batch_size")
@@ -713,7 +755,7 @@ def save_columns(path, columns):
     if not columns:
         return
     images = torch.stack([column.float().cpu() for column in columns.values()], dim=1).flatten(0, 1)
-    scale = max(1, 128 // images.shape[3])  # tiny images are shown larger
+    scale = math.ceil(128 / images.shape[3])  # small images are shown larger
     images = F.interpolate(images.clamp(0, 1), scale_factor=scale)
     grid = make_grid(images, nrow=len(columns), padding=4, pad_value=1.0)
     picture = ImageOps.expand(to_pil_image(grid), border=(0, 14, 0, 0), fill="white")
@@ -732,12 +774,10 @@ def plan(config):
         count = 1_281_167  # ImageNet-1k's
     steps, steps_per_epoch, warmup = run_length(config, count)
     kind = (find_objective(config).target(config) or "pixel").partition(":")[0]
-    if kind not in TOKENIZERS:
-        build_tokenizer(kind)  # which says what there is
     tokenizer = TOKENIZERS[kind].untrained(**asdict(config)).to(device).requires_grad_(False)
     objective = make_objective(config, device, tokenizer).eval()  # no stochastic depth: saves 5%
     processes = config.processes or world_size()
-    local_batch = -(-config.batch_size // processes)
+    local_batch = math.ceil(config.batch_size / processes)
     micro_batch = min(local_batch, config.micro_batch)
     trial = micro_batch if device.type == "cuda" else 2  # images to measure with
     images = DATASETS["shapes"](True, config.image_size, "").subset(range(trial))
@@ -780,7 +820,7 @@ def plan(config):
     log(f"""images      {count:,} in {config.data}
 steps       {steps:,} of {config.batch_size:,} images, {steps_per_epoch:,} per epoch, \
 {warmup:,} of warm-up
-each step   {processes} processes x {-(-local_batch // micro_batch)} micro-batches x \
+each step   {processes} processes x {math.ceil(local_batch / micro_batch)} micro-batches x \
 {micro_batch} images
 parameters  {trained:,}
 compute     {flops / 1e9:,.1f} GFLOP per image with its tokens and the backward pass, \
@@ -792,24 +832,21 @@ speed       {speed:,.1f} images/s per process, {"given" if config.images_per_s e
 time        {days:,.2f} days on {processes} processes""")
 
 
-OBJECTIVES = {
-    "mim": MaskedImageModelling,
-    "contrast": MIMWithContrast,
-    "tokenizer": TokenizerTraining,
-}
+OBJECTIVES = {"mim": MaskedImageModelling, "tokenizer": TokenizerTraining}
 # tasks that need no loop
-OTHER_TASKS = {"pca": fit_pca}
-# kinds of --tokenizer that are made first where no file is named: the task, and what does it
+OTHER_TASKS = {"pca": fit_pca, "reconstruct": reconstruct}
+# kinds of --tokenizer that are made first if no file is given: (task, function)
 PREREQUISITES = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
 
 
 def find_objective(config):
-    contrast = config.task in ("mim", "contrast") and config.contrast != "none"
-    if config.task == "contrast" and config.contrast == "none":
-        raise BadInput("--task=contrast: give --contrast, which says on what loss")
-    if not contrast and (config.mim_weight != 1 or config.local_crops):
+    if config.contrast != "none":
+        if config.task != "mim":
+            raise BadInput(f"--contrast={config.contrast}: goes with --task=mim")
+        return MIMWithContrast
+    if config.mim_weight != 1 or config.local_crops:
         raise BadInput("--mim_weight and --local_crops go with a contrastive loss: give --contrast")
-    return OBJECTIVES["contrast" if contrast else config.task]
+    return OBJECTIVES[config.task]
 
 
 # ==== Plumbing, which all three scripts share =====================================================
@@ -823,7 +860,7 @@ def linear(progress):
     return 1 - progress
 
 
-# What is left of the learning rate when a part of the run after the warm-up, 0 to 1, is over
+# The share of the peak learning rate after a share, 0 to 1, of the steps that follow the warm-up
 SCHEDULES = {"cosine": cosine, "linear": linear}
 
 
@@ -837,9 +874,6 @@ def learning_rate(config, step, steps, warmup):
 
 def run_length(config, count):
     """(steps of the run, steps per epoch, steps of warm-up) on `count` training images."""
-    for name in ("batch_size", "micro_batch", "epochs", "lr", "image_size", "patch_size"):
-        if getattr(config, name) <= 0:
-            raise BadInput(f"--{name}={getattr(config, name)}: give a number above 0")
     if not world_size() <= config.batch_size <= count:
         raise BadInput(f"--batch_size={config.batch_size}: must be from {world_size()}, an image "
                        f"per process, to {count}, the training images in --data={config.data}")
@@ -862,7 +896,16 @@ CHOICES = {
     "mask": MASKS,
     "contrast": CONTRASTIVE_LOSSES,
 }
-OPEN_CHOICES = {"data": DATASETS, "tokenizer": TOKENIZERS}  # or a folder; a file after a colon
+OPEN_CHOICES = {"data": DATASETS, "tokenizer": TOKENIZERS}  # or a folder; NAME:FILE
+
+
+def check_range(config, least, most, *names):
+    """Raise BadInput for an option of these names, if there is one, outside [least, most]."""
+    for name in names:
+        value = getattr(config, name, least)
+        if not least <= value <= most:
+            wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise BadInput(f"--{name}={value}: give {wanted}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -914,6 +957,11 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
     config = config_class(**{**recipe, **given})
     if given.get("steps") and "warmup_steps" not in given:
         shorten_warmup(config, config_class(**recipe))
+    check_range(config, 1, math.inf, "image_size", "patch_size", "batch_size", "micro_batch")
+    check_range(config, 0, math.inf, "steps", "warmup_epochs", "warmup_steps", "min_lr",
+                "clip_grad", "weight_decay", "seed", "num_workers", "jitter", "val_images")
+    check_range(config, 0.01, 1, "crop_min")
+    check_range(config, 1e-9, math.inf, "epochs", "lr")
     return config
 
 
@@ -945,6 +993,20 @@ def leave(code):
     sys.exit(code)
 
 
+# What a machine's error says -> what to do
+REMEDIES = {
+    "shared memory": "give --num_workers=0, or more of it (Docker: --shm-size=8g)",
+    "file </torch_": "give --num_workers=0, or more shared memory (Docker: --shm-size=8g)",
+    "out of memory": "lower --micro_batch",
+    "can't allocate memory": "lower --micro_batch",
+    "No space left on device": "make room and run it again; the last checkpoint is intact",
+    "Disk quota exceeded": "make room and run it again; the last checkpoint is intact",
+    "File too large": "make room and run it again; the last checkpoint is intact",
+    "Permission denied": "give another --out",
+    "Read-only file system": "give another --out",
+}
+
+
 def run(main):
     """Call main(). Bad input becomes one line; any other error keeps its traceback."""
     try:
@@ -954,7 +1016,11 @@ def run(main):
         fail(str(error).strip().splitlines()[-1].removeprefix("masking.BadInput: "), 2)
     except FloatingPointError as error:  # Logger.read's
         fail(error, 1)
-    except Exception:
+    except Exception as error:
+        message = f"{error}".strip().splitlines()[-1:]
+        for symptom, remedy in REMEDIES.items():
+            if message and symptom in message[0]:
+                fail(f"{message[0]}; {remedy}", 1)
         traceback.print_exc()
         leave(1)
     if dist.is_initialized():
@@ -975,9 +1041,11 @@ def all_reduce_sum(*numbers):
 def local_rank0_first(make, *arguments):
     """make(*arguments), on a machine's first process before its others, so that what it downloads
     is downloaded once."""
-    for turn in (True, False):
-        if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
-            made = make(*arguments)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        all_reduce_sum(0)  # waits for the first
+    made = make(*arguments)
+    if first:
         all_reduce_sum(0)
     return made
 
@@ -1031,34 +1099,38 @@ def setup_device(config):
 
 # ---- checkpoints, and what a loop needs ----------------------------------------------------------
 
-# Options that may change on resume: they do not change what a run learns (micro_batch no more than
-# the noise of stochastic depth and the statistics of batch norm).
+# Options that may change on resume: they do not change what a run learns, except that micro_batch
+# changes the draws of stochastic depth and the statistics of batch norm.
 MAY_CHANGE_ON_RESUME = (
-    "out", "device", "num_workers", "micro_batch", "compile", "resume", "log_every", "eval_every",
-    "save_every", "tensorboard", "skip_bad_images", "query", "dry_run", "processes",
+    "data", "out", "device", "num_workers", "micro_batch", "compile", "resume", "log_every",
+    "eval_every", "save_every", "tensorboard", "skip_bad_images", "query", "dry_run", "processes",
     "images_per_s", "runs",
 )
 
 
-def claim_folder(config):
-    """Write OUT/config.json; raise BadInput if a run of another config is there."""
+def claim_folder(config, images):
+    """Write OUT/config.json; raise BadInput if a run of another config or other training images is
+    there. The same images may lie elsewhere."""
+    options = {**asdict(config), "images": images.fingerprint()}
     path = os.path.join(config.out, "config.json")
     saved = [os.path.join(config.out, name) for name in ("checkpoint.pt", "previous.pt")]
     if config.resume == "auto" and os.path.exists(path) and any(map(os.path.exists, saved)):
         with open(path) as file:
             there = json.load(file)
         changes = []
-        for name, value in asdict(config).items():
+        for name, value in options.items():
             if name not in MAY_CHANGE_ON_RESUME and there.get(name, value) != value:
                 changes.append(f"{name}: {there[name]!r} there, {value!r} now")
         if changes:
             raise BadInput(f"{config.out} holds a run of another config ({', '.join(changes)}); "
-                           "give another --out, or --resume=never to replace it")
+                           "give another --out, or --resume=never to replace it; to train longer, "
+                           f"--weights={config.out}/checkpoint.pt and another --out")
     if rank() == 0:
-        for path_of_old in saved if config.resume == "never" else ():
-            with suppress(FileNotFoundError):  # else a run killed early would go on from them
-                os.remove(path_of_old)
-        text = json.dumps(asdict(config), indent=1)
+        if config.resume == "never":
+            for checkpoint in saved:
+                with suppress(FileNotFoundError):  # else a rerun after an early kill would use them
+                    os.remove(checkpoint)
+        text = json.dumps(options, indent=1)
         try:
             write_atomically(path, lambda file: file.write(text.encode()))
         except OSError as error:
@@ -1073,7 +1145,7 @@ def save_checkpoint(out, **state):
 
 
 def load_checkpoint(out):
-    """What save_checkpoint wrote last, or before that if that is damaged; None if it never did."""
+    """The newest undamaged checkpoint that save_checkpoint wrote; None if there is none."""
     paths = [os.path.join(out, name) for name in ("checkpoint.pt", "previous.pt")]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
@@ -1098,13 +1170,15 @@ def vit_config(config, shared=True):
     return ViTConfig.named(config.size, config.variant, **changes)
 
 
-def prepare(objective, config, device, dtype, layer_decay=1.0):
+def prepare(objective, images, config, device, dtype, layer_decay=1.0):
     """What a loop needs besides its data: (model, optimizer, scaler, save, start).
 
-    `model` is the objective, synchronised if there are several processes; `start` the step to begin
-    with, from OUT's checkpoint if there is one; save(step) writes that.
+    `model` is the objective, synchronised if there are several processes. A checkpoint in OUT,
+    which save(step) writes, restores weights, optimizer, loss scale and `start`, the step to begin
+    with. Nothing else has a state: order, crops, masks and noise are functions of seed, step and
+    rank. So a run that was killed ends with the same bits, on CPUs and with as many processes.
     """
-    claim_folder(config)
+    claim_folder(config, images)
     groups = param_groups(objective.model, config.weight_decay, layer_decay)
     optimizer = torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -1137,6 +1211,7 @@ def prepare(objective, config, device, dtype, layer_decay=1.0):
             # the network again under its official names, for load_weights; it shares the storage
             model=objective.model.state_dict(),
             arch=asdict(objective.model.config),
+            classes=getattr(objective, "classes", None),  # their names
         )
 
     return model, optimizer, scaler, save, start
@@ -1194,8 +1269,8 @@ class Logger:
         return [last or (every > 0 and self.done % every == 0) for every in intervals]
 
     def read(self, lr):
-        """The last step as a dict. Here the host waits for the GPU. Raises FloatingPointError at
-        the first loss since the last time that is not finite."""
+        """The last step as a dict. Here the host waits for the GPU. Raises FloatingPointError if
+        a loss since the last call is not finite."""
         if not self.history:
             return {}
         rows = torch.stack(self.history).cpu()
@@ -1216,7 +1291,6 @@ class Logger:
         record = {"step": self.done, "epoch": round(self.done / self.steps_per_epoch, 4)}
         record |= dict(zip(self.names, rows[-1].tolist(), strict=True), lr=lr)
         seconds = time.time() - self.clock
-        self.clock = time.time()
         record["images_per_s"] = (self.done - self.logged) * self.config.batch_size / seconds
         if self.skipped_steps:
             record["skipped_steps"] = self.skipped_steps

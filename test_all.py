@@ -7,6 +7,7 @@ transformers are compared with where they are installed. The order is that of th
 """
 
 import argparse
+import csv
 import functools
 import json
 import math
@@ -50,7 +51,6 @@ from model import main as export_command
 from tokenizer import (
     DVAE,
     TOKENIZERS,
-    VQGAN,
     ContinuousTarget,
     DVAEConfig,
     build_tokenizer,
@@ -339,6 +339,48 @@ def test_every_kind_of_image_file_becomes_upright_rgb(tmp_path):
     assert read.shape == (30, 20, 3) and np.array_equal(read, np.rot90(colour, -1))
 
 
+@pytest.mark.parametrize(
+    "dtype, top, name",
+    [(np.float32, 1, "tif"), (np.float32, 255, "tif"), (np.float32, 65535, "tif"),
+     (np.int32, 255, "tif"), (np.int32, 4095, "tif"), (np.uint16, 255, "tif"),
+     (np.uint16, 4095, "tif"), (np.uint16, 65535, "png")],
+)
+def test_deep_images_are_as_bright_as_what_they_hold(dtype, top, name, tmp_path):
+    ramp = np.linspace(0, 1, 20 * 30).reshape(20, 30)
+    Image.fromarray((ramp * top).astype(dtype)).save(tmp_path / f"deep.{name}")
+    read = np.asarray(masking.read_image(tmp_path / f"deep.{name}"))
+    assert np.abs(read - ramp[..., None] * 255).max() <= 1
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, 1e6])
+def test_an_image_of_other_numbers_and_a_strip_are_refused(value, tmp_path):
+    Image.fromarray(np.array([[0.5, value]], np.float32)).save(tmp_path / "odd.tif")
+    Image.new("L", (2, 60_000)).save(tmp_path / "strip.png")
+    for name, message in (("odd.tif", "8 or 16 bits"), ("strip.png", "2x60000 pixels")):
+        images = masking.folder_images(tmp_path)
+        with pytest.raises(BadInput, match=f"{name}.*{message}"):
+            images.load(images.keys.index(str(tmp_path / name)))
+
+
+def test_each_real_file_counts_once_and_hidden_ones_do_not(tmp_path):
+    make_folder(tmp_path / "train", 9)
+    make_folder(tmp_path / "val", 3)
+    (tmp_path / "train" / "up").symlink_to(tmp_path)  # leads back to train/, and to val/
+    (tmp_path / "train" / "again").symlink_to(tmp_path / "train" / "class0")
+    (tmp_path / "train" / "copy.png").symlink_to(tmp_path / "val" / "class0" / "deep" / "0.png")
+    for name in ("._0.png", ".ipynb_checkpoints/0.png", "__MACOSX/0.png"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"no image")
+    elsewhere = make_folder(tmp_path / "elsewhere", 2)
+    (tmp_path / "train" / "linked").symlink_to(elsewhere)
+    train, val = masking.open_images(str(tmp_path), 32, 2048)
+    real = [os.path.realpath(path) for path in train.keys]
+    assert len(train) == len(set(real)) == 11 and len(val) == 3
+    assert not set(real) & {os.path.realpath(path) for path in val.keys}
+    assert not any("/again/" in path for path in train.keys)  # the real path is preferred
+    assert len(masking.folder_images(tmp_path)) == 14
+
+
 def test_folders_are_searched_recursively_and_split(tmp_path):
     train, val = masking.open_images(str(make_folder(tmp_path / "flat", 30)), 32, 2048)
     assert len(train) == 27 and len(val) == 3  # a tenth is held out
@@ -520,12 +562,13 @@ def slow_vqgan(state, images):
 
 
 def test_vqgan_reads_lightnings_checkpoint_and_computes_the_same(tmp_path, monkeypatch):
+    vqgan = TOKENIZERS["vqgan"]
     with torch.device("meta"):  # of the originals' full size
-        counts = [sum(p.numel() for p in VQGAN(codes).parameters()) for codes in (1024, 16384)]
+        counts = [sum(p.numel() for p in vqgan(codes).parameters()) for codes in (1024, 16384)]
     assert counts == [72_141_699, 76_073_859]
     monkeypatch.setattr("tokenizer.CHANNELS", (32, 32, 64, 64, 128))
     torch.manual_seed(0)
-    state = VQGAN(50).state_dict()
+    state = vqgan(50).state_dict()
     state["quantize.embedding.weight"] *= 0.3
     # as Lightning writes it: callbacks by their class, and a loss's networks
     callback = types.ModuleType("pytorch_lightning")
@@ -1533,7 +1576,12 @@ def test_bad_input_gets_one_line(tmp_path, dvae, capsys):
         (f"--data={tmp_path}/empty", "empty: holds no two images"),
         (f"--data={broken}", "0.png: cannot be read as an image"),
         (f"--data={tiny}", "--batch_size=8: must be from 1"),
-        ("--batch_size=0", "--batch_size=0: give a number above 0"),
+        ("--seed=-1", "--seed=-1: give 0 or more"),
+        ("--num_workers=-1", "--num_workers=-1: give 0 or more"),
+        ("--lr=nan", "--lr=nan: give 1e-09 or more"),
+        ("--jitter=-1", "--jitter=-1.0: give 0 or more"),
+        ("--crop_min=2", "--crop_min=2.0: give 0.01 to 1"),
+        ("--batch_size=0", "--batch_size=0: give 1 or more"),
         ("--warmup_epochs=9", "--warmup_epochs=9: is 22500 steps of a run of 6"),
         ("--patch_size=5", "image_size=32 is no multiple of patch_size=5"),
         ("--tokenizer=vqvae:x", "--tokenizer=vqvae:x: unknown; known are dalle[:DIR], dvae:FILE"),
@@ -1654,7 +1702,8 @@ def test_a_run_from_scratch_to_its_pictures(tmp_path):
 
 def check_baselines(out, line):
     """The trivial baselines, again from the tokens of the masked patches by numpy."""
-    config = pretrain.Config(**json.load(open(out / "config.json")))
+    options = json.load(open(out / "config.json"))
+    config = pretrain.Config(**{name: options[name] for name in options.keys() - {"images"}})
     tokenizer = build_tokenizer(f"dvae:{out}/tokenizer/checkpoint.pt")
     dataset = views_of(config, 16)
     tokens = []
@@ -1666,6 +1715,28 @@ def check_baselines(out, line):
     assert math.isclose(line["val_unigram_entropy"], -(share * np.log(share)).sum(), rel_tol=1e-4)
     assert math.isclose(line["val_most_frequent"], share.max(), rel_tol=1e-5)
     assert math.isclose(line["val_vocab_used"], len(share) / 32, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("tokenizer", ["pixel", "dvae"])
+def test_any_picture_is_reconstructed_at_its_own_aspect(tokenizer, tmp_path):
+    toy(tmp_path / "run", f"--tokenizer={tokenizer}", "--steps=2")
+    masking.shapes_image(40, 7, 0).resize((30, 90)).save(tmp_path / "tall.png")
+    words = ["--task=reconstruct", f"--out={tmp_path}", f"--data={tmp_path}/tall.png"]
+    pretrain.main([*words, f"--weights={tmp_path}/run/checkpoint.pt"])
+    with Image.open(tmp_path / "reconstruction_tall.png") as picture:
+        side = 4 * 4  # a patch on a grid of 24 x 8, drawn at four times its size
+        assert picture.size == (4 * (8 * side + 4) + 4, 14 + 24 * side + 8)
+        columns = [np.asarray(picture.convert("RGB")).astype(int)[18:, 4 + n * (8 * side + 4) :]
+                   for n in range(4)]
+    patches = [column[: 24 * side, : 8 * side].reshape(24, side, 8, side, 3) for column in columns]
+    image, masked, tokens, filled = (part.swapaxes(1, 2) for part in patches)
+    hidden = np.abs(masked - 127.5).max(axis=(2, 3, 4)) <= 1
+    assert 60 <= hidden.sum() <= 74  # of 192 patches at most 38.3%
+    assert np.abs(image - masked)[~hidden].max() <= 1
+    if tokenizer == "pixel":  # a dVAE's decoder would see the neighbours too
+        assert np.abs(tokens - image).max() <= 1
+        changed = np.abs(filled - tokens).max(axis=(2, 3, 4)) > 1
+        assert not changed[~hidden].any() and changed[hidden].all()
 
 
 def test_processes_and_accumulation_do_not_change_the_gradient(tmp_path, dvae):
@@ -1791,8 +1862,64 @@ def test_another_config_in_the_same_folder_is_an_error(tmp_path, dvae, capsys):
     text = error_of(capsys, *words, "--lr=0.5", "--seed=3")
     assert "lr: 0.003 there, 0.5 now, seed: 0 there, 3 now" in text
     pretrain.main([*words, "--num_workers=1", "--micro_batch=4"])  # these may change
+    assert "to train longer, --weights=" in error_of(capsys, *words, "--steps=4")
     pretrain.main([*words, "--lr=0.5", "--resume=never"])
     assert pretrain.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_a_resumed_run_wants_the_same_images_wherever_they_lie(tmp_path, dvae, capsys):
+    make_folder(tmp_path / "here", 20)
+    words = [*TOY, f"--out={tmp_path}/out", f"--tokenizer=dvae:{dvae}", "--steps=2"]
+    pretrain.main([*words, f"--data={tmp_path}/here"])
+    (tmp_path / "here").rename(tmp_path / "there")
+    pretrain.main([*words, f"--data={tmp_path}/there"])
+    Image.new("RGB", (40, 40)).save(tmp_path / "there" / "new.png")
+    text = error_of(capsys, *words, f"--data={tmp_path}/there")
+    assert re.search("images: '18 images, .* there, '19 images, .* now", text)
+    (tmp_path / "there" / "class0" / "deep" / "0.png").unlink()  # as many, but others
+    assert "18 images" in error_of(capsys, *words, f"--data={tmp_path}/there")
+    assert "20000 images" in error_of(capsys, *words, "--data=shapes")
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path):
+    """No file may grow beyond some size after the first checkpoint: the system's error is as when
+    the disk is full."""
+    code = """
+import resource, sys, finetune_cls, pretrain
+save = pretrain.save_checkpoint
+def save_and_limit(*args, **state):
+    save(*args, **state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+pretrain.save_checkpoint = save_and_limit
+pretrain.run(lambda: finetune_cls.main(sys.argv[1:]))
+"""
+    done = python("-c", code, *TOY_CLS, f"--out={tmp_path}", "--data=shapes", check=False)
+    errors = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and errors[-1].startswith("error: ") and "Traceback" not in errors
+    assert "File too large; make room" in errors[-1]
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("error, remedy", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total"),
+     "lower --micro_batch"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\n"
+                  "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: "
+                  "No space left on device (28)"), "give --num_workers=0"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that "
+                  "dataloader's workers are out of shared memory."), "give --num_workers=0"),
+    (PermissionError(13, "Permission denied", "/out/a.png"), "/out/a.png'; give another --out"),
+])
+def test_what_a_machine_lacks_is_one_line_with_its_remedy(error, remedy, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        pretrain.run(main)
+    text = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and text.startswith("error: ") and "\n" not in text
+    assert remedy in text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, dvae, capsys):
@@ -2090,7 +2217,7 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
         ("--contrast=dino --mim_weight=0 --contrast_weight=0", "nothing is left to train"),
         ("--contrast=byol", "argument --contrast: invalid choice: 'byol' (choose from"),
         ("--contrast=dino --teacher_momentum=1.5", "--teacher_momentum=1.5: give 0 to 1"),
-        ("--contrast=dino --teacher_temperature=0", "=0.0: give more than 0"),
+        ("--contrast=dino --teacher_temperature=0", "=0.0: give 0.001 or more"),
         ("--tokenizer=pca --components=49", "a patch of 4x4 pixels has 1 to 48"),
         ("--tokenizer=vqgan", "unknown; known are dalle[:DIR], dvae:FILE, vqgan:FILE, pca:FILE"),
         ("--tokenizer=vqgan:none.ckpt", "none.ckpt: no such file"),
@@ -2100,7 +2227,6 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
         (f"--tokenizer=dvae:{tmp_path}/pca/checkpoint.pt", "no checkpoint of --task=tokenizer"),
         ("--mim_weight=0", "a contrastive loss"),
         ("--local_crops=2", "a contrastive loss"),
-        ("--task=contrast", "--task=contrast"),
         ("--dry_run --task=pca", "--task=pca takes minutes and has no plan"),
     ))
 
@@ -2126,7 +2252,7 @@ def test_the_defaults_are_the_papers_table_13():
     presets |= dict(cifar100=cifar, probe=probe, cifar100_probe=dict(probe, data="cifar100"))
     presets |= dict(cifar10_probe=tiny_probe, shapes_probe=tiny_probe, cifar10={}, shapes={})
     assert parse(script=finetune_cls) == parse("--preset=imagenet", script=finetune_cls)
-    assert presets.keys() == finetune_cls.PRESETS.keys()
+    assert presets.keys() <= finetune_cls.PRESETS.keys()
     for name, expected in presets.items():
         config = parse(f"--preset={name}", "--weights=none", script=finetune_cls)
         assert {name: getattr(config, name) for name in expected} == expected, name
@@ -2134,7 +2260,7 @@ def test_the_defaults_are_the_papers_table_13():
         if config.task == "probe":
             made = finetune_cls.LinearProbing
         with torch.device("meta"):
-            assert made(config, 10)  # all build what they name
+            assert made(config, list("abc"))  # all build what they name
     assert parse("--preset=large", "--epochs=30", script=finetune_cls).epochs == 30
 
 
@@ -2211,7 +2337,7 @@ def test_few_labels_are_drawn_evenly_and_by_the_seed():
     assert (np.bincount(labels[few[0]]) == 7).all() and len(set(few[0])) == 35
 
 
-def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_path):
+def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_path, capsys):
     words = [f"--data={labelled}", "--steps=24", "--eval_every=12", "--lr=2e-3", "--batch_size=12"]
     lines = toy_cls(tmp_path / "run", *words)
     assert [line["step"] for line in lines] == list(range(1, 25))
@@ -2228,15 +2354,45 @@ def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_pat
 
     model = Classifier(ViTConfig(**read_checkpoint(weights)["arch"]), 3)
     load_weights(model, weights, head=True)
-    right = 0
-    for kind in range(3):  # the accuracy again, from the files
-        for path in sorted((labelled / "val" / "abc"[kind]).iterdir()):
-            with Image.open(path) as image:
-                pixels = np.asarray(image.resize((32, 32), Image.BICUBIC)) / 255
-            image = torch.tensor((pixels - MEAN) / STD).permute(2, 0, 1)
-            with torch.no_grad():
-                right += int(model.eval()(image[None].float()).argmax() == kind)
-    assert math.isclose(alone["val_top1"], right / 10)
+    probs = {}  # again, from the files
+    for path in sorted((labelled / "val").glob("*/*.png")):
+        with Image.open(path) as image:
+            pixels = np.asarray(image.resize((32, 32), Image.BICUBIC)) / 255
+        image = torch.tensor((pixels - MEAN) / STD).permute(2, 0, 1)
+        with torch.no_grad():
+            probs[path] = model.eval()(image[None].float()).softmax(dim=1)[0].numpy()
+    right = {path: "abc"[row.argmax()] == path.parent.name for path, row in probs.items()}
+    assert math.isclose(alone["val_top1"], sum(right.values()) / 10)
+    for kind, count in zip("abc", (4, 3, 3)):  # the table of classes
+        top1 = 100 * np.mean([right[path] for path in right if path.parent.name == kind])
+        assert re.search(rf"^{kind} +{count} +{top1:.1f}%", done.stdout, re.MULTILINE)
+
+    # a folder with some of the classes, and one with another
+    (tmp_path / "some" / "val").mkdir(parents=True)
+    (tmp_path / "some" / "val" / "c").symlink_to(labelled / "val" / "c")
+    words[-1] = f"--data={tmp_path}/some"
+    of_c = [right[path] for path in right if path.parent.name == "c"]
+    assert math.isclose(finetune_cls.main(words)["val_top1"], np.mean(of_c), abs_tol=1e-6)
+    (tmp_path / "some" / "val" / "d").symlink_to(labelled / "val" / "b")
+    text = error_of(capsys, *words, script=finetune_cls)
+    assert "val/d: is none of the classes that --weights was trained on: a, b, c" in text
+
+    # prediction needs no options but the files
+    (labelled / "val" / "broken.jpg").write_bytes(b"no image")
+    words = ["--task=predict", f"--weights={weights}", f"--data={labelled}/val",
+             f"--out={tmp_path}/predicted", "--micro_batch=2", "--num_workers=0"]
+    done = python("finetune_cls.py", *words, processes=2)
+    (labelled / "val" / "broken.jpg").unlink()
+    assert "broken.jpg: skipped" in done.stdout
+    with open(tmp_path / "predicted" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    for row in rows:
+        expected = probs[labelled / "val" / row["file"]]
+        for place, number in enumerate(np.argsort(-expected), 1):
+            assert row[f"class_{place}"] == "abc"[number]
+            assert abs(float(row[f"probability_{place}"]) - expected[number]) < 1e-3
+    assert Image.open(tmp_path / "predicted" / "predictions.png").size == (8 * 128, 2 * 144)
 
 
 def test_a_classifier_is_the_start_of_another_with_other_classes(labelled, tmp_path):
@@ -2376,9 +2532,13 @@ def test_attention_maps_have_a_panel_per_head(tmp_path):
         assert picture.width == 5 * 132 + 4  # the image and four heads
         red = np.asarray(picture.convert("RGB"))[14 + 4 + 16, 4 + 2 * 16 : 4 + 3 * 16]
         assert (red == [255, 0, 0]).all()  # the frame around row 1, column 2
-    masking.shapes_image(40, 7, 0).save(tmp_path / "picture.png")
-    finetune_cls.main([*words, f"--data={tmp_path}/picture.png"])
-    assert (tmp_path / "attention_picture.png").exists()
+    masking.shapes_image(40, 7, 0).resize((90, 30)).save(tmp_path / "wide.png")
+    finetune_cls.main([*words[:2], *words[3:], f"--data={tmp_path}/wide.png"])
+    with Image.open(tmp_path / "attention_wide.png") as picture:
+        side = 2 * 4  # a patch on a grid of 8 x 24, drawn at twice its size
+        assert picture.size == (5 * (24 * side + 4) + 4, 14 + 8 * side + 8)
+        red = np.asarray(picture.convert("RGB"))[14 + 4 + 4 * side, 4 + 12 * side : 4 + 13 * side]
+        assert (red == [255, 0, 0]).all()  # around the patch in the middle
 
 
 def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys):
@@ -2423,14 +2583,15 @@ def test_bad_input_of_classification_gets_one_line(labelled, tmp_path, capsys):
         (f"--task=probe --weights={tmp_path}/five.pt", "--task=probe --smoothing=0.1: a probe has"),
         ("--task=attention", "--task=attention: give --weights=FILE"),
         (f"--task=attention --weights={tmp_path}/five.pt --query=4,0", "--query=4,0: give row,col"),
-        ("--probe_layer=7", "--probe_layer=7: give 1 to 6"),
+        ("--probe_layer=7", "--probe_layer=7: give 0 to 6"),
         ("--randaugment=3", "did you mean --randaug?"),
         ("--task=fit", "argument --task: invalid choice: 'fit' (choose from"),
-        ("--eval_crop=0", "--eval_crop=0.0: give a share"),
-        ("--smoothing=2", "--smoothing=2.0: give 0 or more, below 1"),
+        ("--eval_crop=0", "--eval_crop=0.0: give 0.01 to 1"),
+        ("--smoothing=2", "--smoothing=2.0: give 0 to 0.99"),
+        ("--labels_per_class=-1", "--labels_per_class=-1: give 0 or more"),
         ("--drop_path=1", "drop_path=1.0 is not from 0 to below 1"),
         ("--repeats=0", "--repeats=0: give 1 or more"),
-        ("lr=3", "lr=3: what is this for?"),
+        ("lr=3", "lr=3: is no option; those are --NAME=VALUE"),
     ), script=finetune_cls)
     lines = toy_cls(tmp_path / "skip", cut, "--skip_bad_images")
     assert lines[-1]["bad_images"] >= 1
@@ -2517,16 +2678,74 @@ def test_label_maps_of_every_kind(tmp_path):
     Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "deep.png")
     eight.putpalette(np.random.default_rng(0).integers(0, 255, 768).astype(np.uint8).tobytes())
     eight.save(tmp_path / "palette.png")
-    for name in ("grey", "deep", "palette"):
+    Image.fromarray(labels.astype(np.uint8)).convert("RGB").save(tmp_path / "rgb.png")
+    for name in ("grey", "deep", "palette", "rgb"):
         assert np.array_equal(finetune_seg.read_labels(tmp_path / f"{name}.png"), labels)
     config = finetune_seg.Config(num_classes=11)
-    found = finetune_seg.classes_of(labels, config, "x.png", (3, 4))
+    found = finetune_seg.classes_of(labels, config, "x.png")
     assert np.array_equal(found.flatten(), [-1, *range(11)])
     config = finetune_seg.Config(num_classes=12, ignore_zero=False)
-    assert np.array_equal(finetune_seg.classes_of(labels, config, "x.png", (3, 4)), labels)
+    assert np.array_equal(finetune_seg.classes_of(labels, config, "x.png"), labels)
     for ignore in (True, False):  # 255 is what many tools write for "nothing"
         config = finetune_seg.Config(num_classes=5, ignore_zero=ignore)
-        assert finetune_seg.classes_of(np.array([[255, 1]]), config, "x", (1, 2))[0, 0] == -1
+        assert finetune_seg.classes_of(np.array([[255, 1]]), config, "x")[0, 0] == -1
+    config = finetune_seg.Config(num_classes=3, label_values="0, 255,7")  # others are ignored
+    found = finetune_seg.classes_of(np.array([[255, 0, 3, 7, 70_000]]), config, "x")
+    assert np.array_equal(found, [[1, 0, -1, 2, -1]])
+
+
+@pytest.mark.parametrize("turn, rotations", [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_label_maps_are_of_the_upright_picture_unless_their_size_says_otherwise(
+    turn, rotations, tmp_path
+):
+    """EXIF's 3 is to be turned by 180 degrees, 6 by 90 clockwise, 8 by 90 the other way."""
+    stored = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    upright = np.rot90(stored, rotations)
+    photo = Image.fromarray(stored * 20).convert("RGB")
+    photo.getexif()[0x0112] = turn
+    photo.save(tmp_path / "photo.jpg", quality=100, exif=photo.getexif())
+    seen = np.asarray(masking.read_image(tmp_path / "photo.jpg"))[..., 0]
+    assert np.abs(seen / 20 - upright).max() < 0.3
+    as_seen = {"of_upright": upright}
+    if stored.shape != upright.shape:
+        as_seen["of_stored"] = stored
+    for name, labels in as_seen.items():
+        Image.fromarray(labels).save(tmp_path / f"{name}.png")
+        label_maps = {tmp_path / "photo.jpg": tmp_path / f"{name}.png"}
+        found = finetune_seg.read_label_map(label_maps, tmp_path / "photo.jpg")
+        assert np.array_equal(found, upright), name
+
+
+def test_binary_label_maps_of_drawing_tools(tmp_path, capsys):
+    """0 and 255: useless as they are, and one line says so; with --label_values they are learnt,
+    and predicted label maps have these numbers again."""
+    rng = np.random.default_rng(0)
+    for part in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / part).mkdir(parents=True)
+        for number in range(6):
+            labels = np.full((40, 40), 255, np.uint8)
+            labels[:, : rng.integers(10, 30)] = 0
+            image = np.where(labels, 200, 30).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / "images" / part / f"{number}.png")
+            Image.fromarray(labels).save(tmp_path / "annotations" / part / f"{number}.png")
+    common = [*TOY_SEG, f"--data={tmp_path}", f"--out={tmp_path}/out", "--num_classes=2"]
+    check_errors(capsys, common, (
+        ("", "0 of --num_classes=2 occur in its label maps, which hold"),
+        ("--ignore_zero=false", "1 of --num_classes=2 occur"),
+        ("--num_classes=1", "--num_classes=2 --label_values=0,255"),
+        ("--label_values=0", "give --num_classes=2 different numbers"),
+        ("--label_values=0,all", "give --num_classes=2 different numbers"),
+    ), script=finetune_seg)
+    words = [f"--data={tmp_path}", "--num_classes=2", "--label_values=0,255", "--lr=1e-2"]
+    lines = toy_seg(tmp_path / "out", *words, "--steps=30")
+    assert lines[-1]["val_miou"] > 0.7
+    assert "2 of 2 classes occur, 0.0% of the pixels are ignored" in capsys.readouterr().out
+    finetune_seg.main([*TOY_SEG, *words, f"--weights={tmp_path}/out/checkpoint.pt",
+                       f"--data={tmp_path}/images/validation", "--task=predict",
+                       f"--out={tmp_path}/predicted"])
+    predicted = np.asarray(Image.open(tmp_path / "predicted" / "labels" / "0.png"))
+    assert set(np.unique(predicted)) == {0, 255}
 
 
 def test_training_crops_keep_image_and_labels_together(mapped):
@@ -2624,7 +2843,7 @@ def test_accumulation_of_uneven_pixels_is_the_mean_over_all(mapped):
 
 
 def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
-    def folder(name, labels, size=(40, 40)):
+    def folder(name, labels, size=(40, 40), ending="tif"):
         for part in ("training", "validation"):
             for kind in ("images", "annotations"):
                 (tmp_path / name / kind / part).mkdir(parents=True)
@@ -2633,18 +2852,24 @@ def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
                 image.save(tmp_path / name / "images" / part / f"{number}.png")
                 if labels is not None:
                     labels.resize(size).save(
-                        tmp_path / name / "annotations" / part / f"{number}.png"
+                        tmp_path / name / "annotations" / part / f"{number}.{ending}"
                     )
         return f"--data={tmp_path}/{name}"
 
-    grey = Image.fromarray(np.full((40, 40), 2, np.uint8))
+    grey = Image.fromarray(np.arange(1600).reshape(40, 40).astype(np.uint8) % 3)
     high = Image.fromarray(np.full((40, 40), 9, np.uint8))
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 9, (40, 40, 3)).astype(np.uint8))
     check_errors(capsys, [*TOY_SEG, f"--out={tmp_path}/out", f"--data={mapped}"], (
-        (f"--data={tmp_path}", "images/training: no such folder"),
+        (f"--data={tmp_path}", "images/validation: no such folder"),
         (folder("missing", None), "0.png: has no label map of its name"),
-        (folder("size", grey, (30, 40)), "a label map of 30x40 for an image of 40x40"),
+        (folder("size", grey, (30, 40)), "its label map has 30x40 pixels, the image 40x40"),
         (folder("high", high), "label 9 is above 3, the last of --num_classes=3"),
-        (folder("colour", grey.convert("RGB")), "a label map has one channel, not 3 colours"),
+        (folder("colour", colours), "a label map has one channel of whole numbers"),
+        (folder("floats", grey.convert("F")), "a label map has one channel of whole numbers"),
+        (folder("jpeg", grey, ending="jpg"), "a JPEG; its compression makes up labels"),
+        ("--micro_batch=0", "--micro_batch=0: give 1 or more"),
+        ("--val_images=-1", "--val_images=-1: give 0 or more"),
+        ("--scales=nan", "--scales=nan: give numbers above 0"),
         ("--scales=1,big", "--scales=1,big: give numbers above 0"),
         ("--task=eval", "--task=eval: give --weights=FILE"),
         ("--patch_size=16 --image_size=40", "no multiple of patch_size"),

@@ -14,10 +14,11 @@ A target is a class with one line in TOKENIZERS, at the end of the file. It has
     num_outputs           how many numbers predict one target: vocab_size logits, or its values
     encode(images)        (B, 3, H, W) in [0, 1] -> int64 (B, H / downsample, W / downsample), or
                           float (B, H / downsample, W / downsample, num_outputs)
-    decode(targets)       the way back, to images (B, 3, H, W)
+    decode(targets)       the inverse, to images (B, 3, H, W)
+    form                  what follows its name in --tokenizer: "", ":FILE", or "[:DIR]" if optional
     load(argument, device, patch_size), untrained(**options)
-                          class methods: from what follows the colon in --tokenizer, which looks
-                          like `form`; and with random weights, to measure with
+                          class methods: from that argument; and with random weights, to measure
+                          with. A target without any is made by its __init__(patch_size)
 
 and the loss and the trivial baselines, from `DiscreteTarget` or `ContinuousTarget`.
 """
@@ -49,14 +50,27 @@ def build_tokenizer(spec, device="cpu", patch_size=16):
     ValueError, for an unknown spec or a file that is not what it should be.
     """
     kind, _, argument = spec.partition(":")
-    if kind not in TOKENIZERS or not (argument or TOKENIZERS[kind].form.startswith("[")):
+    form = TOKENIZERS[kind].form if kind in TOKENIZERS else None
+    if form is None or (form[:1] == ":" and not argument) or (argument and not form):
         known = ", ".join(name + target.form for name, target in TOKENIZERS.items())
         raise BadInput(f"--tokenizer={spec}: unknown; known are {known}")
     tokenizer = TOKENIZERS[kind].load(argument, torch.device(device), patch_size)
     return tokenizer.to(device).eval().requires_grad_(False)
 
 
-class DiscreteTarget(nn.Module):
+class Target(nn.Module):
+    form = ""
+
+    @classmethod
+    def load(cls, argument, device, patch_size):
+        return cls(patch_size)
+
+    @classmethod
+    def untrained(cls, patch_size, **options):
+        return cls.load("", torch.device("cpu"), patch_size)
+
+
+class DiscreteTarget(Target):
     """Visual tokens. n targets have shape (n,) int64, and their predictions (n, vocab_size)."""
 
     @property
@@ -87,7 +101,7 @@ class DiscreteTarget(nn.Module):
         }
 
 
-class ContinuousTarget(nn.Module):
+class ContinuousTarget(Target):
     """Values. n targets have shape (n, num_outputs), and so do their predictions."""
 
     def loss(self, values, targets):
@@ -488,7 +502,7 @@ def patches_of(images, size):
 
 
 def images_of(patches, size):
-    """The way back."""
+    """The inverse."""
     return F.pixel_shuffle(patches.permute(0, 3, 1, 2), size)
 
 
@@ -510,10 +524,6 @@ class Pixels(ContinuousTarget):
         if argument not in ("", "norm"):
             raise BadInput(f"--tokenizer=pixel:{argument}: give pixel or pixel:norm")
         return cls(patch_size, norm=argument == "norm")
-
-    @classmethod
-    def untrained(cls, patch_size, **options):
-        return cls(patch_size, norm=False)
 
     def encode(self, images):
         values = 4 * patches_of(images, self.downsample) - 2
@@ -633,4 +643,10 @@ def short_message(error):
     return next((line for line in lines if line.startswith(telling)), lines[0])[:200]
 
 
-TOKENIZERS = {"dalle": DalleTokenizer, "dvae": DVAE, "vqgan": VQGAN, "pca": PCA, "pixel": Pixels}
+TOKENIZERS = {
+    "dalle": DalleTokenizer,
+    "dvae": DVAE,
+    "vqgan": VQGAN,
+    "pca": PCA,
+    "pixel": Pixels,
+}
