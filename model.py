@@ -9,9 +9,11 @@ patches.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from masking import NORMS, BadInput
 from tokenizer import read_checkpoint
@@ -136,8 +139,10 @@ class Attention(nn.Module):
         """(B, 1 + N, D) -> the same; `bias` (heads, 1 + N, 1 + N) is added to the logits."""
         q, k, v = self.queries_keys_values(x)
         bias = None if bias is None else bias.to(q.dtype).unsqueeze(0)
-        # stochastic depth may leave an empty batch, which some of its kernels refuse
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias) if len(q) else v
+        if self.training and not len(q):  # stochastic depth kept no sample: some kernels refuse
+            x = v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         # (B, heads, 1 + N, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -256,7 +261,7 @@ class ViT(nn.Module):
     def encode(self, patches, grid):
         """Patch embeddings (B, N, D) of a grid (height, width) -> the features that enter the first
         block and those that leave each block: a list of depth + 1 times (B, 1 + N, D)."""
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed, *grid, self.resize)
         layers = [x]
@@ -667,28 +672,33 @@ def write_atomically(path, write, keep=None):
             os.remove(temporary)
 
 
-# (our name, transformers'), of the beginning of a name or, with a dot before it, of a part
+# Our name, transformers' and, where it differs, that which transformers 5 has in memory, but not in
+# its files: of the beginning of a name or, with a dot before it, of a part
 HF_NAMES = [
-    ("blocks.", "beit.encoder.layer."),
+    ("blocks.", "encoder.layer.", "layers."),
+    ("rel_pos_bias.", "encoder.relative_position_bias.", "shared_position_bias."),
     (".norm1.", ".layernorm_before."),
     (".norm2.", ".layernorm_after."),
-    (".attn.q_bias", ".attention.attention.query.bias"),
-    (".attn.v_bias", ".attention.attention.value.bias"),
-    (".attn.relative", ".attention.attention.relative_position_bias.relative"),
-    (".attn.proj.", ".attention.output.dense."),
+    (".attn.q_bias", ".attention.attention.query.bias", ".attention.q_proj.bias"),
+    (".attn.v_bias", ".attention.attention.value.bias", ".attention.v_proj.bias"),
+    (".attn.q.", ".attention.attention.query.", ".attention.q_proj."),
+    (".attn.k.", ".attention.attention.key.", ".attention.k_proj."),
+    (".attn.v.", ".attention.attention.value.", ".attention.v_proj."),
+    (".attn.rel", ".attention.attention.relative_position_bias.rel", ".relative_position_bias.rel"),
+    (".attn.proj.", ".attention.output.dense.", ".attention.o_proj."),
     (".mlp.fc1.", ".intermediate.dense."),
     (".mlp.fc2.", ".output.dense."),
     (".gamma_1", ".lambda_1"),
     (".gamma_2", ".lambda_2"),
-    ("cls_token", "beit.embeddings.cls_token"),
-    ("mask_token", "beit.embeddings.mask_token"),
-    ("pos_embed", "beit.embeddings.position_embeddings"),
-    ("patch_embed.proj.", "beit.embeddings.patch_embeddings.projection."),
-    ("rel_pos_bias.", "beit.encoder.relative_position_bias."),
-    ("fc_norm.", "beit.pooler.layernorm."),
+    ("cls_token", "embeddings.cls_token"),
+    ("mask_token", "embeddings.mask_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("fc_norm.", "pooler.layernorm."),
     ("norm.", "layernorm."),
     ("head.", "classifier."),
 ]
+HF_HEADS = ("layernorm.", "classifier.", "lm_head.")  # the rest is in the backbone, "beit."
 
 
 def rename(name, pairs):
@@ -699,59 +709,95 @@ def rename(name, pairs):
 
 
 def from_transformers(state):
-    pairs = [(theirs, ours) for ours, theirs in HF_NAMES]
-    pairs.append(("beit.layernorm.", "norm."))  # where some versions keep the masked model's
+    """Names that are ours already stay as they are."""
+    pairs = [(theirs, ours) for ours, *others in HF_NAMES for theirs in others]
     out = {rename(name, pairs): value for name, value in state.items()}
-    for name in [name for name in out if name.endswith("attention.query.weight")]:
-        parts = [out.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        out[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    for name in [name for name in out if name.endswith("attn.q.weight")]:
+        parts = [out.pop(name.replace("q.weight", f"{part}.weight")) for part in "qkv"]
+        out[name.replace("q.weight", "qkv.weight")] = torch.cat(parts)
     return out
 
 
 def to_transformers(state):
+    pairs = [(ours, theirs) for ours, theirs, *_ in HF_NAMES]
+    for name in [name for name in state if name.endswith("qkv.weight")]:
+        thirds = zip("qkv", state.pop(name).chunk(3), strict=True)
+        state |= {name.replace("qkv", part): third for part, third in thirds}
     out = {}
     for name, value in state.items():
-        if name.endswith("qkv.weight"):
-            module = rename(name, HF_NAMES).replace("attn.qkv", "attention.attention.{}")
-            for part, third in zip(("query", "key", "value"), value.chunk(3)):
-                out[module.format(part)] = third.contiguous()
-        else:
-            out[rename(name, HF_NAMES)] = value
+        name = rename(name, pairs)
+        out[name if name.startswith(HF_HEADS) else f"beit.{name}"] = value.contiguous()
     return out
 
 
-def read_weights(path):
-    """(weights under the official names, their ViTConfig) of one of our checkpoints, an official
-    .pth, a timm state dict (.pth, .safetensors) or a transformers folder. The files other than
-    ours and transformers' do not say how many heads there are: 64 channels each, as in table 11.
-    Raises BadInput if it is none of them."""
-    path = str(path)
-    arch = {}
-    if os.path.isdir(path):
-        files = [os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin")]
-        files = [file for file in files if os.path.exists(file)]
-        if not files or not os.path.exists(os.path.join(path, "config.json")):
-            raise BadInput(f"{path}: no transformers folder, which holds config.json and "
-                             "model.safetensors or pytorch_model.bin; give that or a file")
-        try:
-            with open(os.path.join(path, "config.json")) as file:
-                hf_config = json.load(file)
-        except ValueError as error:
-            raise BadInput(f"{path}/config.json: no JSON ({error})") from error
-        if hf_config.get("model_type") != "beit":
-            raise BadInput(f"{path}: model_type is {hf_config.get('model_type')!r}, not 'beit'")
-        arch["heads"] = hf_config.get("num_attention_heads")
-        state = from_transformers(read_tensors(files[0]))
-    else:
-        state = read_tensors(path)
-        arch = state.get("arch", {}) if isinstance(state.get("arch"), dict) else {}
-        state = state.get("model", state.get("module", state))
+# What compilation, checkpointed activations, sharding and transformers put into parameters' names
+WRAPPERS = re.compile(
+    r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|beit|data2vec_vision)\."
+)
+# The official name or transformers' that shows where a BEiT is, and what may stand before it
+ANCHOR = re.compile(r"(.*\.|)(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight")
+# Words in the names of averages over training, which are better than the last weights
+AVERAGED = {"ema", "teacher", "averaged"}
+
+
+def flatten(tree, prefix=""):
+    """The tensors of nested dictionaries: {"a": {"b": tensor}} -> {"a.b": tensor}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif torch.is_tensor(value):
+            flat[WRAPPERS.sub("", f"{prefix}{key}")] = value
+    return flat
+
+
+def find_network(checkpoint):
+    """(state, part): the BEiT somewhere in a checkpoint, under its official names, and what stands
+    before its names there, such as "state_dict.backbone"; ({}, "") if there is none. The first is
+    taken, but averages over training before others."""
+    tensors = flatten(checkpoint)
+    prefixes = [match[1] for match in map(ANCHOR.fullmatch, tensors) if match]
+    if not prefixes:
+        return {}, ""
+    prefix = min(prefixes, key=lambda prefix: AVERAGED.isdisjoint(re.split(r"[._]", prefix)))
     # the official files hold the tables' index too, which follows from the grid
-    state = {k: v for k, v in state.items()
-             if torch.is_tensor(v) and not k.endswith("relative_position_index")}
-    if not {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
-        known = ", ".join(list(state)[:3]) or "no tensors"
-        raise BadInput(f"{path}: no weights of a BEiT; it holds {known}")
+    state = from_transformers({
+        name.removeprefix(prefix): value for name, value in tensors.items()
+        if name.startswith(prefix) and not name.endswith("relative_position_index")
+    })
+    for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+        # of a plain ViT, such as DINO's: its bias on keys changes no softmax over the keys
+        query, _, value = state.pop(name).chunk(3)
+        state |= {name.replace("qkv.", "q_"): query, name.replace("qkv.", "v_"): value}
+    return state, prefix.rstrip(".")
+
+
+def read_weights(path):
+    """(weights under the official names, their ViTConfig) of the BEiT in a file or transformers
+    folder: one of our checkpoints, an official .pth, a state dict of timm or transformers, or what
+    holds one of these (find_network). Where it isn't said how many heads there are, each has 64
+    channels, as in table 11. Raises BadInput if there is no BEiT."""
+    return read_network(path)[:2]
+
+
+def read_network(path):
+    """What read_weights returns, and a dict of what else is known: the "part" of the file that was
+    read, and maybe "config" (the run's options) and "classes" (their names)."""
+    path = str(path)
+    checkpoint = read_folder(path) if os.path.isdir(path) else read_tensors(path)
+    arch = checkpoint.get("arch")
+    known = {}
+    if isinstance(arch, dict) and "heads" in arch:  # ours
+        known = {name: checkpoint[name] for name in ("config", "classes") if name in checkpoint}
+        checkpoint.pop("objective", None)  # the same network again, and a teacher
+    else:
+        arch = {}
+    state, known["part"] = find_network(checkpoint)
+    needed = {"cls_token", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
+    if not needed <= state.keys() or state["patch_embed.proj.weight"].dim() != 4:
+        names = ", ".join([str(name) for name in checkpoint][:3]) or "no dictionary"
+        raise BadInput(f"{path}: no weights of a BEiT; it holds {names}; give a checkpoint or a "
+                       "model's state_dict()")
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
     tables = [v for k, v in state.items() if k.endswith("relative_position_bias_table")]
     if "pos_embed" in state:
@@ -766,31 +812,75 @@ def read_weights(path):
         "patch_size": patch,
         "dim": dim,
         "position": position,
-        "depth": sum(name.endswith("attn.qkv.weight") for name in state),
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "heads": tables[0].shape[1] if tables else max(1, dim // 64),
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / dim,
         "layer_scale": 0.1 if "blocks.0.gamma_1" in state else 0.0,
     }
-    return state, ViTConfig(**{**found, **arch})
+    return state, ViTConfig(**{**found, **arch}), known
+
+
+def read_folder(path):
+    """A transformers folder in the form of our checkpoints."""
+    names = ["model.safetensors", "pytorch_model.bin"]
+    names += [f"{name}.index.json" for name in names]
+    names = [name for name in names if os.path.exists(os.path.join(path, name))]
+    if not names or not os.path.exists(os.path.join(path, "config.json")):
+        raise BadInput(f"{path}: no transformers folder, which holds config.json and "
+                       "model.safetensors or pytorch_model.bin; give that or a file")
+    hf_config = read_json(path, "config.json")
+    if hf_config.get("model_type") not in ("beit", "data2vec-vision"):
+        raise BadInput(f"{path}: model_type is {hf_config.get('model_type')!r}, not 'beit' or "
+                       "'data2vec-vision'")
+    files = names[:1]
+    if names[0].endswith(".index.json"):
+        files = sorted(set(read_json(path, names[0]).get("weight_map", {}).values()))
+    checkpoint = {"arch": {"heads": hf_config.get("num_attention_heads", 12)}}
+    for name in files:
+        if os.path.basename(name) != name or not os.path.exists(os.path.join(path, name)):
+            raise BadInput(f"{path}: {name}, one of {len(files)} files of weights, is not in that "
+                           "folder; download it again")
+        checkpoint |= read_tensors(os.path.join(path, name))
+    if names := hf_config.get("id2label"):
+        checkpoint["classes"] = [names[number] for number in sorted(names, key=int)]
+    if os.path.exists(os.path.join(path, "preprocessor_config.json")):
+        processor = read_json(path, "preprocessor_config.json")
+        size = processor.get("size")
+        edge = size.get("shortest_edge") if isinstance(size, dict) else None
+        half = processor.get("image_mean") == [0.5, 0.5, 0.5]
+        checkpoint["config"] = {
+            "norm": "half" if half else "imagenet",
+            "eval_crop": hf_config.get("image_size", 224) / edge if edge else 1.0,
+        }
+    return checkpoint
+
+
+def read_json(folder, name):
+    path = os.path.join(folder, name)
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise BadInput(f"{path}: no JSON ({error})") from error
 
 
 def read_tensors(path):
     if not str(path).endswith(".safetensors"):
         checkpoint = read_checkpoint(path)
         return checkpoint if isinstance(checkpoint, dict) else {}
-    load = safetensors().load_file
+    load = optional("safetensors.torch", path).load_file
     try:
         return load(path)
     except Exception as error:  # its own error type is no ValueError
         raise BadInput(f"{path}: damaged, or no safetensors file ({error})") from error
 
 
-def safetensors():
+def optional(module, purpose):
+    """A module of a package that nothing else needs."""
     try:
-        import safetensors.torch
+        return importlib.import_module(module)
     except ImportError:
-        raise BadInput("a .safetensors file: first pip install safetensors") from None
-    return safetensors.torch
+        raise BadInput(f"{purpose}: first pip install {module.partition('.')[0]}") from None
 
 
 def load_weights(model, path, head=False):
@@ -800,9 +890,9 @@ def load_weights(model, path, head=False):
     layers is copied to each that wants its own, and many become their mean where one is shared.
     Heads and final norms may be missing or of another size, and then keep their init, unless `head`
     asks for them. Returns three lines that say what was loaded, left out and newly initialised.
-    Raises BadInput naming the first tensor that is missing or has another shape.
+    Raises BadInput naming the first tensor that is missing, has another shape or has no place.
     """
-    state, config = read_weights(path)
+    state, config, known = read_network(path)
     target = model.state_dict()
     table = "relative_position_bias_table"
     own = [f"blocks.{number}.attn.{table}" for number in range(config.depth)]
@@ -823,11 +913,17 @@ def load_weights(model, path, head=False):
             found = "is not in it" if value is None else f"is {tuple(value.shape)} there"
             raise BadInput(f"{path}: {name} {found} and {tuple(tensor.shape)} in the model; give "
                              "the --size, --variant, --patch_size and classes it was trained with")
+    left_out = [name for name in state if name not in loaded]
+    for name in left_out:
+        if name.startswith(("blocks.", "pos_embed", "rel_pos_bias.")):
+            raise BadInput(f"{path}: {name} has no place in the model; give the --size and "
+                           "--variant it was trained with")
     model.load_state_dict(loaded, strict=False)
-    left_out = ", ".join(name for name in state if name not in loaded) or "none"
-    new = ", ".join(name for name in target if name not in loaded) or "none"
-    return (f"loaded {len(loaded)} tensors from {path}\nleft out: {left_out}\n"
-            f"newly initialised: {new}")
+    new = [name for name in target if name not in loaded]
+    part = f" ({known['part']})" if known["part"] else ""
+    return (f"loaded {len(loaded)} tensors from {path}{part}\n"
+            f"left out: {', '.join(left_out) or 'none'}\n"
+            f"newly initialised: {', '.join(new) or 'none'}")
 
 
 def resize_positions(value, height, width, mode):
@@ -842,7 +938,7 @@ def resize_positions(value, height, width, mode):
     else:
         extra, rows = value[0].split([1, value.shape[1] - 1])
     old = math.isqrt(len(rows))
-    if (old, old) == (height, width):
+    if (old, old) == (height, width) or old**2 != len(rows):
         return value
     rows = rows.T.reshape(1, -1, old, old).float()
     rows = F.interpolate(rows, size=(height, width), mode=mode, align_corners=False)
@@ -850,35 +946,38 @@ def resize_positions(value, height, width, mode):
     return torch.cat([rows, extra]) if is_table else torch.cat([extra, rows])[None]
 
 
+def evaluation_view(config, known):
+    """How evaluation prepares an image (finetune_cls.centre_crop): (pixels to which its shorter
+    side is resized before the middle is cropped, or None if the whole image is squashed; mean;
+    standard deviation). Where the file doesn't say it, as the official code does."""
+    run = known.get("config", {})
+    share = run.get("eval_crop", 0.875 if run or config.image_size < 384 else 1)
+    edge = None if share == 1 else round(config.image_size / share)
+    return edge, *NORMS[run.get("norm", "imagenet")]
+
+
 def export_weights(path, to, out):
     """Write the weights in `path` (what read_weights reads) for another library: with
     to="transformers" the folder `out` for from_pretrained, with to="timm" the file `out` for
-    `timm.create_model(..., checkpoint_path=out)`, which the official code reads too."""
-    state, config = read_weights(path)
-    if not {"lm_head.weight", "head.weight"} & state.keys():
-        raise BadInput(f"{path}: holds neither a masked model nor a classifier, which are what "
-                         "the other libraries have")
-    state = {name: value.float().contiguous() for name, value in state.items()
-             if not name.startswith("projector.")}
-    run_config = {} if os.path.isdir(path) else read_tensors(path).get("config") or {}
-    if run_config.get("mim_weight") == 0:
+    `timm.create_model(..., checkpoint_path=out)`, which the official code reads too, with to="onnx"
+    the file `out` for any batch. Returns Python that loads them and prepares an image."""
+    state, config, known = read_network(path)
+    kind = next((kind for name, kind in HEADS.items() if name in state), "network without a head")
+    export, kinds = EXPORTS[to]
+    if kind not in kinds:
+        raise BadInput(f"{path}: a {kind}; --to={to} takes a {' or a '.join(kinds)}")
+    if known.get("config", {}).get("mim_weight") == 0:
         raise BadInput(f"{path}: was trained without masked image modelling, so that its head is "
-                         "random; fine-tune it, and export the classifier")
-    if to == "timm":
-        state.pop("mask_token", None)
-        for kind in ("weight", "bias"):  # a masked model is timm's with a class for each token
-            if f"lm_head.{kind}" in state:
-                state[f"head.{kind}"] = state.pop(f"lm_head.{kind}")
-        shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
-        for number in range(config.depth if shared is not None else 0):
-            state[f"blocks.{number}.attn.relative_position_bias_table"] = shared
-        return write_atomically(out, lambda file: torch.save({"model": state}, file))
+                       "random; fine-tune it, and export the classifier")
+    state = {k: v.float() for k, v in state.items() if not k.startswith("projector.")}
+    return export(path, str(out), state, config, known)
 
+
+def export_transformers(path, out, state, config, known):
     hf_config = dict(
-        model_type="beit", architectures=["BeitForImageClassification"],
-        image_size=config.image_size, patch_size=config.patch_size, num_channels=3,
+        model_type="beit", image_size=config.image_size, patch_size=config.patch_size,
         hidden_size=config.dim, num_hidden_layers=config.depth, num_attention_heads=config.heads,
-        intermediate_size=int(config.dim * config.mlp_ratio), hidden_act="gelu",
+        intermediate_size=int(config.dim * config.mlp_ratio), hidden_act="gelu", num_channels=3,
         layer_norm_eps=1e-6, layer_scale_init_value=config.layer_scale,
         drop_path_rate=config.drop_path, use_mask_token="mask_token" in state,
         use_absolute_position_embeddings=config.position == "absolute",
@@ -887,41 +986,115 @@ def export_weights(path, to, out):
         use_mean_pooling=True,
     )
     if "lm_head.bias" in state:
-        hf_config["architectures"] = ["BeitForMaskedImageModeling"]
+        kind = "BeitForMaskedImageModeling"
         hf_config["vocab_size"] = len(state["lm_head.bias"])
     else:
-        names = {number: f"LABEL_{number}" for number in range(len(state["head.bias"]))}
-        hf_config["id2label"] = names
-        hf_config["label2id"] = {name: number for number, name in names.items()}
-    mean, std = NORMS[run_config.get("norm", "imagenet")]  # what our own run was trained with
+        kind = "BeitForImageClassification"
+        names = known.get("classes") or [f"LABEL_{n}" for n in range(len(state["head.bias"]))]
+        hf_config["id2label"] = dict(enumerate(names))
+        hf_config["label2id"] = {name: number for number, name in enumerate(names)}
+    hf_config["architectures"] = [kind]
+    edge, mean, std = evaluation_view(config, known)
+    square = dict(height=config.image_size, width=config.image_size)
     processor = dict(
-        image_processor_type="BeitImageProcessor", do_resize=True, resample=3, do_center_crop=False,
-        size=dict(height=config.image_size, width=config.image_size), do_rescale=True,
-        rescale_factor=1 / 255, do_normalize=True, image_mean=mean, image_std=std,
+        image_processor_type="CLIPImageProcessor",  # BEiT's own resizes no shorter side
+        do_resize=True, size=dict(shortest_edge=edge) if edge else square, resample=3,
+        do_center_crop=bool(edge), crop_size=square, do_rescale=True, rescale_factor=1 / 255,
+        do_normalize=True, image_mean=mean, image_std=std, do_convert_rgb=True,
     )
-    tensors = to_transformers(state)
+    save = optional("safetensors.torch", "--to=transformers").save
     files = {
-        "model.safetensors": safetensors().save(tensors, metadata={"format": "pt"}),
+        "model.safetensors": save(to_transformers(state), metadata={"format": "pt"}),
         "config.json": json.dumps(hf_config, indent=1).encode(),
         "preprocessor_config.json": json.dumps(processor, indent=1).encode(),
     }
     for name, content in files.items():
         write_atomically(os.path.join(out, name), lambda file: file.write(content))
+    return (f"model = transformers.{kind}.from_pretrained({out!r})\n"
+            f"transform = transformers.AutoImageProcessor.from_pretrained({out!r})")
+
+
+def export_timm(path, out, state, config, known):
+    state.pop("mask_token", None)
+    masked = "lm_head.bias" in state
+    if masked:  # timm's network has a class for each token then
+        state["head.weight"] = state.pop("lm_head.weight")
+        state["head.bias"] = state.pop("lm_head.bias")
+    shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
+    if shared is not None:
+        for number in range(config.depth):
+            state[f"blocks.{number}.attn.relative_position_bias_table"] = shared
+    content = {"model": state, "classes": None if masked else known.get("classes")}
+    write_atomically(out, lambda file: torch.save(content, file))
+    edge, mean, std = evaluation_view(config, known)
+    model = dict(
+        checkpoint_path=out, img_size=config.image_size, patch_size=config.patch_size,
+        embed_dim=config.dim, depth=config.depth, num_heads=config.heads,
+        mlp_ratio=config.mlp_ratio, num_classes=len(state["head.bias"]),
+        use_abs_pos_emb=config.position == "absolute", init_values=config.layer_scale,
+        use_rel_pos_bias=config.position != "absolute", global_pool="" if masked else "avg",
+    )
+    view = dict(
+        input_size=config.image_size, interpolation="bicubic", mean=mean, std=std,
+        crop_mode="center" if edge else "squash",
+        crop_pct=config.image_size / (edge + 0.5) if edge else 1.0,  # timm rounds the edge down
+    )
+    return (f"model = timm.create_model('beit_base_patch16_224', **{model}).eval()\n"
+            f"transform = timm.data.create_transform(**{view})\n"
+            f"classes = torch.load({out!r}, weights_only=True)['classes']")
+
+
+def export_onnx(path, out, state, config, known):
+    optional("onnxscript", "--to=onnx")
+    edge, mean, std = evaluation_view(config, known)
+    if "head.weight" in state:
+        model = Classifier(config, len(state["head.bias"]))
+    else:
+        edge = config.image_size  # as in finetune_seg.py, whose windows are as large
+        last = 4 * (config.patch_size.bit_length() - 1)  # what follows the head's upsamplings
+        model = Segmenter(config, len(state[f"head.layers.{last}.bias"]))
+    load_weights(model, path, head=True)
+    images = torch.zeros(2, 3, config.image_size, config.image_size)
+    with sdpa_kernel(SDPBackend.MATH):  # the exporter fails at the other kernels' strides
+        program = torch.onnx.export(
+            model.eval(), (images,), dynamo=True, input_names=["images"], output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
+        )
+    about = dict(image_size=config.image_size, shorter_side=edge, mean=mean, std=std,
+                 classes=known.get("classes"))
+    for name, value in about.items():
+        program.model.metadata_props[name] = json.dumps(value)
+    write_atomically(out, lambda file: file.write(program.model_proto.SerializeToString()))
+    return (f"session = onnxruntime.InferenceSession({out!r})\n"
+            "about = session.get_modelmeta().custom_metadata_map  # how images are prepared\n"
+            "logits = session.run(['logits'], {'images': images})[0]")
+
+
+HEADS = {  # what tells them apart
+    "lm_head.weight": "masked model",
+    "head.weight": "classifier",
+    "head.layers.0.weight": "segmenter",
+}
+EXPORTS = {  # and which of them each library has
+    "transformers": (export_transformers, ("masked model", "classifier")),
+    "timm": (export_timm, ("masked model", "classifier")),
+    "onnx": (export_onnx, ("classifier", "segmenter")),
+}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Take weights to other libraries.")
     parser.add_argument("command", choices=["export"])
-    parser.add_argument("out", help="the folder (transformers) or file (timm) to write")
+    parser.add_argument("out", help="the folder (transformers) or file (timm, onnx) to write")
     parser.add_argument("--weights", required=True, help="one of our checkpoints, or official ones")
-    parser.add_argument("--to", required=True, choices=["transformers", "timm"])
+    parser.add_argument("--to", required=True, choices=EXPORTS)
     options = parser.parse_args(argv)
     try:
-        export_weights(options.weights, options.to, options.out)
+        python = export_weights(options.weights, options.to, options.out)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print("wrote", options.out)
+    print(f"wrote {options.out}; in Python:\n{python}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from model import (
     load_weights,
     param_groups,
 )
+from model import main as export_command
 from tokenizer import (
     DVAE,
     TOKENIZERS,
@@ -863,6 +864,35 @@ def test_parameter_groups_follow_the_rule(variant):
     assert not names  # each parameter is in one group
 
 
+def tiny_network(cls, variant):
+    """A classifier or segmenter of 5 classes whose logits are of order 1."""
+    changes = dict(position="relative") if variant == "released" else {}
+    config = ViTConfig.named("nano", variant, image_size=32, patch_size=8, dim=16, depth=2, heads=2,
+                             **changes)
+    model = shake(cls(config, 5))
+    with torch.no_grad():
+        for name, parameter in model.head.named_parameters():
+            parameter.mul_(1 if "norm" in name else 8)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*trace")
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("cls", [Classifier, Segmenter])
+def test_networks_are_traced_and_exported_for_any_batch(cls, variant):
+    model, images = tiny_network(cls, variant), torch.randn(2, 3, 32, 32)
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (images,), dynamic_shapes=batch).module()
+    traced = torch.jit.trace(model, images)
+    for number in (1, 3):
+        images = torch.randn(number, 3, 32, 32)
+        with torch.no_grad():
+            expected = model(images)
+            assert expected.std() > 0.1
+            assert (traced(images) - expected).abs().max() < 1e-5
+            assert (exported(images) - expected).abs().max() < 1e-5
+
+
 def test_the_head_of_base_at_any_size():
     with torch.device("meta"):
         head = UpsamplingHead(768, 150, [2, 2, 2, 2])
@@ -1039,14 +1069,9 @@ def test_weights_go_to_other_libraries_and_back(head, variant, side, tmp_path):
             assert "newly initialised: none" in load_weights(model, path, head=True)
             assert (model(*inputs) - expected).abs().max() < 1e-4
 
-    export_weights(tmp_path / "ours.pt", "timm", str(tmp_path / "timm.pth"))
-    paper = variant == "paper"
-    theirs = timm.create_model(
-        "beit_base_patch16_224", checkpoint_path=str(tmp_path / "timm.pth"), img_size=side,
-        embed_dim=192, num_heads=3, depth=2, num_classes=10, use_abs_pos_emb=paper,
-        use_rel_pos_bias=not paper, init_values=0.0 if paper else 0.1,
-        global_pool="" if masked else "avg",
-    ).eval()
+    python = {"timm": timm, "torch": torch}
+    exec(export_weights(tmp_path / "ours.pt", "timm", tmp_path / "timm.pth"), python)
+    theirs = python["model"]
     with torch.no_grad():
         if masked:  # timm's model masks no patches: compare the logits of all, none masked
             logits = ours(images, torch.zeros_like(mask), torch.arange(mask.numel()))
@@ -1106,6 +1131,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         load_weights(small(dim=8), tmp_path / "w.pth")
     with pytest.raises(BadInput, match="blocks.2.gamma_1 is not in it"):
         load_weights(small(depth=3), tmp_path / "w.pth")
+    distilled = small().state_dict() | {"pos_embed": torch.ones(1, 66, 16)}  # 65 are no square
+    torch.save(distilled, tmp_path / "distilled.pth")
+    with pytest.raises(BadInput, match=r"pos_embed is \(1, 66, 16\) there"):
+        load_weights(small(48), tmp_path / "distilled.pth")
     with pytest.raises(BadInput, match="no such file"):
         load_weights(small(), tmp_path / "missing.pth")
     (tmp_path / "bad.pth").write_bytes(b"not a checkpoint")
@@ -1113,11 +1142,227 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         load_weights(small(), tmp_path / "bad.pth")
 
 
-def test_only_masked_models_and_classifiers_are_exported(tmp_path):
+def test_weights_without_a_place_are_refused(tmp_path):
+    save(small(), tmp_path / "w.pth")
+    cases = [(dict(layer_scale=0.0), "blocks.0.gamma_1"), (dict(depth=1), "blocks.1.")]
+    for changes, name in cases:
+        with pytest.raises(BadInput, match=f"{name}.* has no place in the model; give the --size"):
+            load_weights(small(**changes), tmp_path / "w.pth")
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def wrapped_files(model, other):
+    """Files that hold `model`, most of them besides the worse weights of `other`: (what kind of
+    file, its content, the part that is to be read)."""
+    state, worse = model.state_dict(), other.state_dict()
+    index = {"blocks.0.attn.relative_position_index": torch.ones(3, 3)}
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    head = {"head.mlp.0.weight": torch.ones(3, 3), "head.last_layer.weight_g": torch.ones(3)}
+    return [
+        ("plain", state, ""),
+        ("ours", {"objective": {"teacher": worse}, "model": state, "arch": asdict(model.config)},
+         "model"),
+        ("official", {"model": worse, "model_ema": state | index, "epoch": 3}, "model_ema"),
+        ("timm", {"state_dict": worse, "state_dict_ema": state, "arch": "beit_base_patch16_224",
+                  "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}, "state_dict_ema"),
+        ("lightning", {"state_dict": prefixed("model.", state), "hyper_parameters": {"lr": 1.0},
+                       "optimizer_states": [{}]}, "state_dict.model"),
+        ("two in one", prefixed("net.", worse) | prefixed("net_ema.", state), "net_ema"),
+        ("mmseg", {"state_dict": prefixed("backbone.", state) | {"decode_head.a": torch.ones(3)},
+                   "meta": {"epoch": 1}}, "state_dict.backbone"),
+        ("ddp", torch.nn.DataParallel(model).state_dict(), "module"),
+        ("compiled", torch.nn.DataParallel(torch.compile(model)).state_dict(), "module"),
+        ("averaged", {"model": worse, "averaged": averaged.state_dict()}, "averaged.module"),
+        ("dino", {"student": prefixed("module.backbone.", worse) | prefixed("module.", head),
+                  "teacher": prefixed("backbone.", state) | head}, "teacher.backbone"),
+        ("nested", {"epoch": 1, "net": {"model_state_dict": state}}, "net.model_state_dict"),
+    ]
+
+
+def test_weights_are_found_in_other_peoples_files(tmp_path):
+    model, other = small(cls=ViT), small(cls=ViT)
+    with torch.no_grad():
+        other.cls_token.add_(1)
+    images = torch.randn(1, 3, 32, 32)
+    for kind, content, part in wrapped_files(model, other):
+        torch.save(content, tmp_path / "w.pth")
+        new = ViT(model.config).eval()
+        report = load_weights(new, tmp_path / "w.pth").split("\n")
+        found = f" ({part})" if part else ""
+        count = len(model.state_dict())
+        assert report[0] == f"loaded {count} tensors from {tmp_path}/w.pth{found}", kind
+        assert report[2] == "newly initialised: none", kind
+        assert torch.equal(new(images), model(images)), kind
+    with pytest.raises(BadInput, match="no weights of a BEiT; it holds epoch, net"):
+        torch.save({"epoch": 1, "net": {"fc.weight": torch.ones(3)}}, tmp_path / "w.pth")
+        load_weights(model, tmp_path / "w.pth")
+
+
+def test_plain_vits_are_loaded(tmp_path):
+    """MAE's, DINO's and DeiT's networks have a bias on the keys too, which has no effect."""
+    timm = pytest.importorskip("timm")
+    theirs = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=128, depth=2,
+                                           num_heads=2, num_classes=0, global_pool="token")
+    shake(theirs)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "vit.pth")
+    ours = ViT(ViTConfig(image_size=32, patch_size=8, dim=128, depth=2, heads=2)).eval()
+    load_weights(ours, tmp_path / "vit.pth")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert (theirs.norm(ours(images)) - theirs.forward_features(images)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("library", ["Beit", "Data2VecVision"])
+@pytest.mark.parametrize("kind", ["Model", "ForImageClassification"])
+def test_folders_and_state_dicts_of_transformers(library, kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    position = "relative" if library == "Beit" else "absolute"
+    theirs = shake(getattr(transformers, library + kind)(getattr(transformers, library + "Config")(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
+        image_size=32, patch_size=8, layer_norm_eps=1e-6, use_mean_pooling=True, num_labels=5,
+        use_relative_position_bias=position == "relative",
+        use_absolute_position_embeddings=position == "absolute",
+    )))
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    torch.save({"state_dict": prefixed("model.", theirs.state_dict())}, tmp_path / "lightning.ckpt")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    assert len(shards) > 1
+    old = tmp_path / "old"  # as transformers wrote until it had safetensors
+    old.mkdir()
+    for name in shards:
+        torch.save(load_file(tmp_path / "shards" / name), old / name.replace("safetensors", "bin"))
+    text = index.read_text().replace(".safetensors", ".bin")
+    (old / "pytorch_model.bin.index.json").write_text(text)
+    (old / "config.json").write_text((tmp_path / "whole" / "config.json").read_text())
+
+    images = torch.randn(2, 3, 32, 32)
+    config = ViTConfig(image_size=32, patch_size=8, dim=128, depth=2, heads=2, mlp_ratio=2,
+                       position=position, layer_scale=0.1)
+    for name in ("whole", "shards", "old", "whole/model.safetensors", "lightning.ckpt"):
+        ours = ViT(config).eval() if kind == "Model" else Classifier(config, 5).eval()
+        load_weights(ours, tmp_path / name, head=True)
+        with torch.no_grad():
+            assert (ours(images) - theirs(images)[0]).abs().max() < 1e-5, name
+
+    (tmp_path / "shards" / shards[1]).unlink()
+    for wanted in (shards[1], "../whole/model.safetensors"):
+        index.write_text(index.read_text().replace(shards[0], wanted))
+        message = f"{wanted}, one of {len(shards) - 1} files of weights, is not in that folder"
+        with pytest.raises(BadInput, match=message):
+            load_weights(ours, tmp_path / "shards")
+        index.write_text(index.read_text().replace(wanted, shards[0]))
+
+
+def wide_picture(number):
+    """Smooth noise, of which a crop in the middle and the squashed whole differ."""
+    noise = np.random.default_rng(number).integers(0, 256, (4, 6, 3)).astype(np.uint8)
+    # Of these widths no crop leaves a margin of 3 more than a multiple of 4 pixels, half of which
+    # torchvision rounds up and transformers down.
+    return Image.fromarray(noise).resize(((104, 112, 128)[number], 64), Image.Resampling.BICUBIC)
+
+
+def save_classifier(path, share):
+    model = tiny_network(Classifier, "released")
+    torch.save({"model": model.state_dict(), "arch": asdict(model.config), "classes": list("abcde"),
+                "config": {"eval_crop": share, "norm": "half"}}, path)
+    return model
+
+
+@pytest.mark.parametrize("share", [0.875, 0.6, 1.0])
+def test_exported_classifiers_see_what_our_evaluation_sees(share, tmp_path):
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    model = save_classifier(tmp_path / "w.pt", share)
+    python = {"timm": timm, "torch": torch}
+    exec(export_weights(tmp_path / "w.pt", "timm", tmp_path / "timm.pth"), python)
+    assert python["classes"] == list("abcde")
+    folder = str(tmp_path / "folder")
+    export_weights(tmp_path / "w.pt", "transformers", folder)
+    classify = transformers.pipeline("image-classification", model=folder, top_k=5)
+    for number in range(3):
+        picture = wide_picture(number)
+        other_share = 1.0 if share < 1 else 0.875
+        views = [finetune_cls.centre_crop(32, x)(picture) for x in (share, other_share)]
+        views = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+        views = masking.normalise(views, "half")
+        timms_view = python["transform"](picture)
+        with torch.no_grad():
+            logits, other_logits = model(views)
+            timms_logits = python["model"](timms_view[None])[0]
+        assert (timms_view - views[0]).abs().max() < 1e-6
+        assert (timms_logits - logits).abs().max() < 1e-5
+        found = {row["label"]: row["score"]
+                 for row in classify(picture, function_to_apply="none")}
+        found = torch.tensor([found[name] for name in "abcde"])
+        # they resize tensors and we PIL's images, which rounds otherwise
+        assert (found - logits).abs().max() < 0.03 < 0.5 < (other_logits - logits).abs().max()
+
+
+def test_where_a_file_does_not_say_how_it_is_evaluated(tmp_path):
+    """The official code crops 7/8 of the side below 384 px, as our pre-training always does."""
+    pytest.importorskip("safetensors")
+    cases = [(32, {}, 37), (384, {}, None), (384, {"config": {"norm": "half"}}, 439)]
+    for side, content, edge in cases:
+        model = Classifier(ViTConfig(image_size=side, patch_size=16, dim=8, depth=1, heads=2), 3)
+        content = {"model": model.state_dict(), "arch": asdict(model.config), **content}
+        torch.save(content, tmp_path / "w.pt")
+        export_weights(tmp_path / "w.pt", "transformers", tmp_path / "out")
+        processor = json.load(open(tmp_path / "out" / "preprocessor_config.json"))
+        square = {"height": side, "width": side}
+        assert processor["size"] == ({"shortest_edge": edge} if edge else square)
+        assert processor["do_center_crop"] == bool(edge)
+        assert processor["image_mean"] == ([0.5] * 3 if "config" in content else list(MEAN))
+        config = json.load(open(tmp_path / "out" / "config.json"))
+        assert config["label2id"] == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+
+
+@pytest.mark.parametrize("cls, variant", [(Classifier, "released"), (Segmenter, "paper")])
+def test_onnx(cls, variant, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = tiny_network(cls, variant)
+    torch.save({"model": model.state_dict(), "arch": asdict(model.config), "classes": list("abcde"),
+                "config": {"eval_crop": 1.0, "norm": "half"}}, tmp_path / "w.pt")
+    text = export_weights(tmp_path / "w.pt", "onnx", tmp_path / "w.onnx")
+    for number in (1, 3):
+        images = torch.randn(number, 3, 32, 32)
+        python = {"onnxruntime": onnxruntime, "images": images.numpy()}
+        exec(text, python)
+        with torch.no_grad():
+            assert np.abs(python["logits"] - model(images).numpy()).max() < 1e-5
+    about = {name: json.loads(value) for name, value in python["about"].items()}
+    edge = None if cls is Classifier else 32
+    assert about == {"image_size": 32, "shorter_side": edge, "mean": [0.5] * 3, "std": [0.5] * 3,
+                     "classes": list("abcde")}
+
+
+def test_export_from_the_command_line(tmp_path, capsys):
+    save_classifier(tmp_path / "w.pt", 1.0)
+    command = ["export", "--to=timm", str(tmp_path / "out.pth"), "--weights"]
+    export_command([*command, str(tmp_path / "w.pt")])
+    assert "'crop_mode': 'squash'" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        export_command([*command, str(tmp_path / "missing.pt")])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_what_another_library_does_not_have_is_not_exported(tmp_path, monkeypatch):
     save(small(cls=lambda config: Segmenter(config, 3)), tmp_path / "s.pt")
     for to in ("timm", "transformers"):
-        with pytest.raises(BadInput, match="neither a masked model nor a classifier"):
+        with pytest.raises(BadInput, match="a segmenter; .* takes a masked model or a classifier"):
             export_weights(tmp_path / "s.pt", to, str(tmp_path / "out"))
+    save(small(), tmp_path / "m.pt")
+    with pytest.raises(BadInput, match="a masked model; --to=onnx takes a classifier or a segmen"):
+        export_weights(tmp_path / "m.pt", "onnx", str(tmp_path / "out"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(BadInput, match="--to=onnx: first pip install onnxscript"):
+        export_weights(tmp_path / "s.pt", "onnx", str(tmp_path / "out"))
     toy(tmp_path / "dino", "--steps=2", "--contrast=dino", "--mim_weight=0", "--prototypes=8",
         "--projector_dim=8")
     with pytest.raises(BadInput, match="without masked image modelling"):
