@@ -43,13 +43,14 @@ from masking import (
     local_shard, make_loader, micro_batches, normalise, open_pictures, patch_grid, rank, read_image,
     world_size,
 )
-from model import Classifier, LinearProbes, ViT, load_weights, read_weights, write_atomically
+from model import (
+    Classifier, LinearProbes, ViT, load_weights, read_network, read_weights, write_atomically,
+)
 from pretrain import (
     RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
     local_rank0_first, log, no_progress_bar, parse_args, prepare, read_metrics, run, run_length,
     save_columns, setup_device, vit_config,
 )
-from tokenizer import read_checkpoint
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment behind a field is its text in --help: why this value, or what goes wrong with another.
@@ -312,7 +313,8 @@ def evaluate_weights(config):
     """--task=eval: the metrics of a fine-tuned network, and what it confuses."""
     check(config)
     device, dtype = setup_device(config)
-    val_images = local_rank0_first(open_held_out, config, read_run(config.weights)[0])
+    known = read_network(config.weights)[2]
+    val_images = local_rank0_first(open_held_out, config, known.get("classes"))
     objective = Confusion(config, val_images.classes).to(device).eval()
     dataset = LabelledViews(val_images, config, train=False)
     metrics = evaluate(objective, dataset, config, device, dtype)
@@ -651,14 +653,6 @@ def vote(queries, keys, labels, count):
 # ---- what a classifier says ----------------------------------------------------------------------
 
 
-def read_run(path):
-    """(class names, config) of the run that wrote a checkpoint.pt; (None, {}) of other files."""
-    checkpoint = read_checkpoint(path) if path.endswith(".pt") else None
-    if not isinstance(checkpoint, dict):
-        return None, {}
-    return checkpoint.get("classes"), checkpoint.get("config") or {}
-
-
 class Confusion(Classification):
     """An evaluation that also counts what each class is taken for."""
 
@@ -710,11 +704,11 @@ def predict(config):
     device, dtype = setup_device(config)
     if not os.path.isdir(config.data) or not len(images := folder_images(config.data)):
         raise BadInput(f"--data={config.data}: no folder with images to classify")
-    state, arch = read_weights(config.weights)
+    state, arch, known = read_network(config.weights)
     if "head.weight" not in state:
         raise BadInput(f"--weights={config.weights}: holds no classifier; fine-tune it first")
-    names, trained = read_run(config.weights)
-    names = names or [str(number) for number in range(len(state["head.weight"]))]
+    names = known.get("classes") or [str(number) for number in range(len(state["head.weight"]))]
+    trained = known.get("config", {})
     config = replace(
         config,
         image_size=arch.image_size,

@@ -50,7 +50,7 @@ class ViTConfig:
     heads: int = 12
     mlp_ratio: float = 4.0
     drop_path: float = 0.0  # stochastic depth of the last block; grows linearly from 0 at the first
-    position: str = "absolute"  # or a bias for each layer, "relative", or one, "shared_relative"
+    position: str = "absolute"  # or "relative" (a table per layer), "shared_relative" (one)
     layer_scale: float = 0.0  # initial gain of every residual branch; 0 = no such parameters
 
     def __post_init__(self):
@@ -201,8 +201,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """The backbone: patches, then blocks. Subclasses add a head under the official names.
 
-    Images of any sides that are multiples of the patch will do: positions are interpolated from the
-    grid of config.image_size."""
+    Image sides may be any multiples of the patch size: positions are interpolated from the grid of
+    config.image_size."""
 
     resize = "bicubic"  # how positions are interpolated (F.interpolate's mode)
 
@@ -230,7 +230,7 @@ class ViT(nn.Module):
     def init_weights(self):
         """The paper's init (sec. 2.3): a normal of std 0.02, cut at one std as in the official
         code. The output matrices of the l-th block are divided by sqrt(2l): 2l branches have been
-        added to the residual stream by then, whose variance would else grow with depth."""
+        added to the residual stream by then, whose variance would otherwise grow with depth."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.endswith("relative_position_bias_table"):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
@@ -292,7 +292,7 @@ class ViT(nn.Module):
 
     def mean_features(self, images):
         """Images (B, 3, H, W), normalised -> for each block the mean of its patches' features, of
-        mean 0 and variance 1, for what looks at a frozen network (app. D): (depth, B, D)."""
+        mean 0 and variance 1, for probes and nearest neighbours (app. D): (depth, B, D)."""
         means = torch.stack([x[:, 1:].mean(dim=1) for x in self.layers(images)[1:]])
         return F.layer_norm(means, means.shape[2:])
 
@@ -386,7 +386,7 @@ class UpsamplingHead(nn.Module):
 
 class Segmenter(ViT):
     """SETR-PUP (arXiv 2012.15840) on BEiT: a class per pixel, from the last layer's patches.
-    Heads on four layers, which only training has, help to learn."""
+    Auxiliary heads on four layers are used in training only."""
 
     resize = "bilinear"
 
@@ -417,7 +417,8 @@ class Segmenter(ViT):
 
 
 def param_groups(model, weight_decay, layer_decay=1.0):
-    """AdamW's parameter groups: no decay of biases, norms, LayerScale, cls_token and pos_embed.
+    """AdamW's parameter groups: no decay of biases, norms, LayerScale, cls_token and pos_embed (but
+    of mask_token and of relative tables, as in the official code).
     `lr_scale`, a group's share of the learning rate, is layer_decay ** (depth + 1 - layer) (table
     13), where the embeddings are layer 0, the l-th block is layer l and all above is layer depth +
     1."""
@@ -458,8 +459,8 @@ class ContrastiveLoss(nn.Module):
     """
 
     has_teacher = False  # whether the other view is a teacher's, or the student's own
-    # whether it compares images, or its head has a batch norm: then gradients cannot accumulate
-    # and processes have equal shares
+    # True if it compares the images of a batch, or its head has a batch norm: then gradients cannot
+    # accumulate, and processes have equal shares
     needs_whole_batch = True
     sees_local_crops = False  # whether --local_crops has small views for it
     sums_pairs = False  # whether several pairs of views are added up, or averaged
@@ -579,7 +580,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd's is not ours
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd keeps its own
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 

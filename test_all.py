@@ -109,6 +109,13 @@ def parse(*words, script=pretrain):
     return pretrain.parse_args(script.Config, script.PRESETS, choices, list(words))
 
 
+def config_of(out):
+    """The config of a pre-training run in OUT."""
+    with open(f"{out}/config.json") as file:
+        options = json.load(file)
+    return pretrain.Config(**{name: options[name] for name in options.keys() - {"images"}})
+
+
 def error_of(capsys, *words, script=pretrain):
     """The one line that a command with bad input prints; its exit code must be 2."""
     with pytest.raises(SystemExit) as stop:
@@ -1702,8 +1709,7 @@ def test_a_run_from_scratch_to_its_pictures(tmp_path):
 
 def check_baselines(out, line):
     """The trivial baselines, again from the tokens of the masked patches by numpy."""
-    options = json.load(open(out / "config.json"))
-    config = pretrain.Config(**{name: options[name] for name in options.keys() - {"images"}})
+    config = config_of(out)
     tokenizer = build_tokenizer(f"dvae:{out}/tokenizer/checkpoint.pt")
     dataset = views_of(config, 16)
     tokens = []
@@ -2049,7 +2055,7 @@ def test_other_targets_train_from_one_command(target, tmp_path):
     lines = toy(tmp_path, *words, f"--data={folder}", "--crop_min=0.9")
     losses = [line["loss"] for line in lines]
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
-    config = pretrain.Config(**json.load(open(tmp_path / "config.json")))
+    config = config_of(tmp_path)
     spec = f"pca:{tmp_path}/tokenizer/checkpoint.pt" if target == "pca" else target
     tokenizer = build_tokenizer(spec, patch_size=4)
     dataset = views_of(config, 32)
@@ -2193,7 +2199,7 @@ def test_contrastive_runs_learn_and_resume_exactly(contrast, tmp_path):
     objective, _ = contrastive(*words, f"--weights={path}")
     networks = [objective.model] + ([objective.teacher] if contrast != "simclr" else [])
     assert all(torch.equal(n.pos_embed, a["model"]["pos_embed"]) for n in networks)
-    config = pretrain.Config(**json.load(open(tmp_path / "whole" / "config.json")))
+    config = config_of(tmp_path / "whole")
     views = views_of(config, 32)
     images = torch.stack([views[0, i]["images"] for i in range(4)])
     with torch.no_grad():
