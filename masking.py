@@ -551,6 +551,7 @@ def batches_of_all(count, size):
 def make_loader(dataset, batches, workers, device):
     """A loader of the batches whose keys `batches` lists, in order."""
     pin = device.type == "cuda"
+    workers = min(workers, os.cpu_count() or 1)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       worker_init_fn=ignore_sigterm)
 
