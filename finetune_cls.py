@@ -40,12 +40,10 @@ from tqdm import tqdm
 
 from masking import (
     DATASETS, NORMS, BadInput, batch_of_step, batches_of_all, derive_seed, folder_images,
-    local_shard, make_loader, micro_batches, normalise, open_pictures, patch_grid, rank, read_image,
-    world_size,
+    local_shard, make_loader, micro_batches, named_images, normalise, open_pictures, patch_grid,
+    rank, read_image, world_size,
 )
-from model import (
-    Classifier, LinearProbes, ViT, load_weights, read_network, read_weights, write_atomically,
-)
+from model import Classifier, LinearProbes, ViT, load_weights, read_network, write_atomically
 from pretrain import (
     RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
     local_rank0_first, log, no_progress_bar, parse_args, prepare, read_metrics, run, run_length,
@@ -313,12 +311,12 @@ def evaluate_weights(config):
     """--task=eval: the metrics of a fine-tuned network, and what it confuses."""
     check(config)
     device, dtype = setup_device(config)
-    known = read_network(config.weights)[2]
-    val_images = local_rank0_first(open_held_out, config, known.get("classes"))
-    objective = Confusion(config, val_images.classes).to(device).eval()
+    classes = read_network(config.weights)[2].get("classes")
+    val_images = local_rank0_first(open_labelled, config, classes)[1]
+    objective = Evaluation(config, val_images.classes).to(device).eval()
     dataset = LabelledViews(val_images, config, train=False)
     metrics = evaluate(objective, dataset, config, device, dtype)
-    log(objective.table())
+    log(confusion_table(objective.confusion, objective.classes))
     log(f"{len(dataset):,} images", *(f"{k} {v:.6g}" for k, v in metrics.items()))
     return metrics
 
@@ -350,24 +348,30 @@ def main(argv=None):
 # ---- labelled images -----------------------------------------------------------------------------
 
 
-def open_labelled(config):
+def open_labelled(config, classes=None):
     """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder
-    with train/CLASS/ and val/CLASS/, or with CLASS/, where a tenth is held out."""
-    kind, _, argument = config.data.partition(":")
-    val_images = open_held_out(config)
-    if kind in DATASETS:
-        train_images = DATASETS[kind](True, config.image_size, argument)
-    elif has_parts(config.data):
-        where = os.path.join(config.data, "train")
-        train_images = open_classes(where, without=val_images.keys)
+    with train/CLASS/ and val/CLASS/, or with CLASS/, where a tenth is held out. The labels of a
+    folder number `classes`, or else its classes. --task=eval needs no train/."""
+    parts = {part: os.path.join(config.data, part) for part in ("train", "val")}
+    if named := named_images(config.data, config.image_size):
+        train_images, val_images = named
+    elif any(map(os.path.isdir, parts.values())):
+        train_images = val_images = open_classes(parts["val"], classes)
+        if config.task != "eval":
+            train_images = open_classes(parts["train"], classes, without=val_images.keys)
     else:
-        train_images = a_tenth_and_rest(open_classes(config.data))[1]
+        images = open_classes(config.data, classes)
+        val_images, train_images = images.split(max(1, len(images) // 10))
+    if not train_images.read_label or not val_images.read_label:
+        raise BadInput(f"--data={config.data}: has no labels")
     classes = train_images.classes
     others = val_images.classes
     if classes != others:
         odd = sorted(set(classes) ^ set(others))
         raise BadInput(f"--data={config.data}: {len(classes)} classes in train/, {len(others)} in "
                        f"val/; {odd[0]} is in one only")
+    if len(val_images) < world_size():
+        raise BadInput(f"--data={config.data}: {len(val_images)} held-out images are too few")
     if config.labels_per_class:
         labels = np.array([train_images.read_label(key) for key in train_images.keys])
         kept = few_of_each(labels, config.labels_per_class, config.seed)
@@ -375,31 +379,7 @@ def open_labelled(config):
     return train_images, val_images
 
 
-def open_held_out(config, classes=None):
-    """The held-out images of --data, labelled; `classes` are the names that labels number."""
-    kind, _, argument = config.data.partition(":")
-    if kind in DATASETS:
-        images = DATASETS[kind](False, config.image_size, argument)
-    elif has_parts(config.data):
-        images = open_classes(os.path.join(config.data, "val"), classes=classes)
-    else:
-        images = a_tenth_and_rest(open_classes(config.data, classes=classes))[0]
-    if not images.read_label:
-        raise BadInput(f"--data={config.data}: has no labels")
-    if len(images) < world_size():
-        raise BadInput(f"--data={config.data}: {len(images)} held-out images are too few")
-    return images
-
-
-def has_parts(folder):
-    return any(os.path.isdir(os.path.join(folder, part)) for part in ("train", "val"))
-
-
-def a_tenth_and_rest(images):
-    return images.split(max(1, len(images) // 10))
-
-
-def open_classes(where, without=(), classes=None):
+def open_classes(where, classes=None, without=()):
     """The images of where/CLASS/, less those of the paths in `without`. Labels number `classes`,
     or else the folders in the order of their names."""
     if not os.path.isdir(where):
@@ -653,46 +633,52 @@ def vote(queries, keys, labels, count):
 # ---- what a classifier says ----------------------------------------------------------------------
 
 
-class Confusion(Classification):
-    """An evaluation that also counts what each class is taken for."""
+def confusion(truth, predicted, classes):
+    """(classes, classes) int64: how many of each class, a row, were taken for each. A truth below 0
+    does not count."""
+    valid = truth >= 0
+    pairs = truth[valid] * classes + predicted[valid]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+class Evaluation(Classification):
+    """Classification that also counts what each class is taken for, in `confusion`."""
 
     def eval_sums(self, batch):
         logits = self.model(batch["images"]).float()
-        count = len(self.classes)
-        pairs = batch["labels"] * count + logits.argmax(dim=1)
-        pairs = torch.bincount(pairs, minlength=count**2)
-        return {**self.score(logits, batch["labels"]), "pairs": pairs}
+        matrix = confusion(batch["labels"], logits.argmax(dim=1), logits.shape[1])
+        return {**self.score(logits, batch["labels"]), "confusion": matrix}
 
     def finish(self, sums, denominators):
-        count = len(self.classes)
-        self.matrix = sums["pairs"].reshape(count, count).astype(int)  # a row for each true class
-        metrics = {name: value for name, value in sums.items() if name != "pairs"}
-        return super().finish(metrics, denominators)
+        self.confusion = sums["confusion"].reshape(len(self.classes), -1).astype(int)
+        scores = {name: value for name, value in sums.items() if name != "confusion"}
+        return super().finish(scores, denominators)
 
-    def table(self):
-        """The accuracy of up to 50 classes and what each is mostly taken for, or the 20 pairs that
-        are confused most."""
-        wrong = self.matrix.copy()
-        np.fill_diagonal(wrong, 0)
-        totals = self.matrix.sum(axis=1)
-        width = max(map(len, self.classes))
-        lines = []
-        if len(self.classes) <= 50:
-            lines.append(f"{'class':{width}}  images  top-1   mostly taken for")
-            for name, row, total, right in zip(self.classes, wrong, totals, self.matrix.diagonal()):
-                line = f"{name:{width}}  {total:>6}"
-                if total:
-                    line += f"  {100 * right / total:5.1f}%"
-                if row.any():
-                    line += f"  {self.classes[row.argmax()]} ({100 * row.max() / total:.1f}%)"
-                lines.append(line)
-        else:
-            lines.append(f"{'class':{width}}  taken for")
-            for place in np.argsort(-wrong, axis=None, kind="stable")[:20]:
-                true, found = np.unravel_index(place, wrong.shape)
-                share = 100 * wrong[true, found] / max(1, totals[true])
-                lines.append(f"{self.classes[true]:{width}}  {self.classes[found]} ({share:.1f}%)")
+
+def confusion_table(matrix, classes):
+    """The accuracy of up to 50 classes and what each is mostly taken for, or the 20 pairs that are
+    confused most; `matrix` as in `confusion`."""
+    totals = matrix.sum(axis=1).clip(min=1)
+    wrong = matrix * (1 - np.eye(len(classes), dtype=int))
+    shares = 100 * wrong / totals[:, None]
+    width = max(map(len, classes))
+    if len(classes) > 50:
+        lines = [f"{'class':{width}}  taken for"]
+        for place in np.argsort(-wrong, axis=None, kind="stable")[:20]:
+            true, found = np.unravel_index(place, wrong.shape)
+            lines.append(f"{classes[true]:{width}}  {classes[found]} ({shares[true, found]:.1f}%)")
         return "\n".join(lines)
+    lines = [f"{'class':{width}}  images  top-1   mostly taken for"]
+    for number, name in enumerate(classes):
+        count = matrix[number].sum()
+        line = f"{name:{width}}  {count:>6}"
+        if count:
+            line += f"  {100 * matrix[number, number] / count:5.1f}%"
+        if wrong[number].any():
+            other = wrong[number].argmax()
+            line += f"  {classes[other]} ({shares[number, other]:.1f}%)"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -741,41 +727,41 @@ def write_predictions(out, images, names, found):
     """`found` are (images, 2 * k): the k likeliest classes and their probabilities, or zeros for an
     unreadable image."""
     count = found.shape[1] // 2
-    header = ["file"]
+    table = [["file"]]
     for place in range(1, count + 1):
-        header += [f"class_{place}", f"probability_{place}"]
-    lines = [header]
-    sheet = []
+        table[0] += [f"class_{place}", f"probability_{place}"]
+    shown = []  # (path, caption)
     for path, row in zip(images.keys, found):
         if not row.any():
             log(f"{path}: skipped, it cannot be read as an image")
             continue
-        line = [os.path.relpath(path, images.source)]
+        table.append([os.path.relpath(path, images.source)])
         for number, probability in zip(row[:count], row[count:]):
-            line += [names[int(number)], f"{probability:.4f}"]
-        lines.append(line)
-        sheet.append((path, f"{100 * row[count]:.0f}% {names[int(row[0])]}"))
+            table[-1] += [names[int(number)], f"{probability:.4f}"]
+        shown.append((path, f"{100 * row[count]:.0f}% {names[int(row[0])]}"))
     text = io.StringIO()
-    csv.writer(text).writerows(lines)
+    csv.writer(text).writerows(table)
     path = os.path.join(out, "predictions.csv")
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    log(f"wrote {path}: {len(lines) - 1:,} images")
-
-    indices = np.linspace(0, len(sheet) - 1, min(64, len(sheet))).astype(int)
-    shown = [sheet[index] for index in indices]
-    side, caption = 128, 16
-    height = math.ceil(len(shown) / 8) * (side + caption)
-    picture = Image.new("RGB", (8 * side, max(1, height)), "white")
-    draw = ImageDraw.Draw(picture)
-    for number, (path, text) in enumerate(shown):
-        x = number % 8 * side
-        y = number // 8 * (side + caption)
-        thumbnail = ImageOps.contain(read_image(path), (side - 4, side - 4))
-        picture.paste(thumbnail, (x + 2, y + 2))
-        draw.text((x + 2, y + side), text[:20], fill="black")
+    log(f"wrote {path}: {len(shown):,} images")
     path = os.path.join(out, "predictions.png")
+    picture = contact_sheet(shown)
     write_atomically(path, lambda file: picture.save(file, "PNG"))
     log(f"wrote {path}")
+
+
+def contact_sheet(shown, most=64, columns=8, side=128, caption=16):
+    """A picture of some of the images in [(path, text below it)], evenly taken."""
+    indices = np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int)
+    rows = max(1, math.ceil(len(indices) / columns))
+    picture = Image.new("RGB", (columns * side, rows * (side + caption)), "white")
+    for number, index in enumerate(indices):
+        path, text = shown[index]
+        row, column = divmod(number, columns)
+        place = (column * side + 2, row * (side + caption) + 2)
+        picture.paste(ImageOps.contain(read_image(path), (side - 4, side - 4)), place)
+        ImageDraw.Draw(picture).text((place[0], place[1] + side - 2), text[:20], fill="black")
+    return picture
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -814,10 +800,9 @@ def curves(config):
 def attention(config):
     """OUT/attention_NAME.png for a picture, or some of a folder or data set, at its own aspect:
     what each head of the last block looks at from one patch, framed in red (section 3.4)."""
-    if config.weights == "none":
-        raise BadInput("--task=attention: give --weights=FILE, a checkpoint.pt of pretrain.py")
+    check(config)
     device, _ = setup_device(config)
-    arch = read_weights(config.weights)[1]
+    arch = read_network(config.weights)[1]
     model = ViT(arch).to(device).eval()
     log(load_weights(model, config.weights))
     patch = arch.patch_size

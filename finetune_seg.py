@@ -21,6 +21,7 @@ import colorsys
 import functools
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,9 +34,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from finetune_cls import confusion, to_device
 from masking import (
-    DATASETS, NORMS, BadInput, batch_of_step, batches_of_all, denormalise, derive_seed,
-    folder_images, local_shard, make_loader, micro_batches, rank, world_size,
+    NORMS, BadInput, batch_of_step, batches_of_all, denormalise, derive_seed, folder_images,
+    local_shard, make_loader, micro_batches, named_images, permutation, rank, world_size,
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
@@ -226,10 +228,6 @@ def train(config):
     return logger.close(save)
 
 
-def to_device(batch, device):
-    return {name: batch[name].to(device, non_blocking=True) for name in ("images", "labels")}
-
-
 @torch.no_grad()
 def evaluate(objective, dataset, config, device, dtype):
     """(metrics over all held-out images, each counted once, as val_*; lines of a table)."""
@@ -301,13 +299,13 @@ def check(config):
     check_range(config, 0, 1, "most_of_crop")
     if not 0 < config.stride <= config.image_size:
         raise BadInput(f"--stride={config.stride}: with windows of --image_size="
-                         f"{config.image_size}, give 1 to {config.image_size}")
+                       f"{config.image_size}, give 1 to {config.image_size}")
     if not 0 < config.scale_min <= config.scale_max:
         raise BadInput(f"--scale_min={config.scale_min}: give more than 0 and at most "
-                         f"--scale_max={config.scale_max}")
+                       f"--scale_max={config.scale_max}")
     if world_size() > 1 and config.batch_size % world_size():  # SyncBatchNorm would wait for ever
         raise BadInput(f"--batch_size={config.batch_size}: batch norm wants the same number on "
-                         f"each of {world_size()} processes; give a multiple of it")
+                       f"each of {world_size()} processes; give a multiple of it")
 
 
 @torch.no_grad()
@@ -318,7 +316,7 @@ def sliding_window(network, image, window, stride, batch=16):
     height, width = image.shape[2:]
     padded = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
     starts = [
-        [min(k * stride, length - window) for k in range(-(-(length - window) // stride) + 1)]
+        [min(k * stride, length - window) for k in range(math.ceil((length - window) / stride) + 1)]
         for length in padded.shape[2:]
     ]
     places = [(y, x) for y in starts[0] for x in starts[1]]
@@ -345,13 +343,6 @@ def parse_scales(config):
     return scales
 
 
-def confusion(truth, predicted, classes):
-    """(classes, classes) int64: how many pixels of each class, a row, were taken for each."""
-    valid = truth != IGNORE
-    pairs = truth[valid] * classes + predicted[valid]
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-
-
 def scores(matrix):
     """A confusion matrix over a whole set -> (metrics, IoU of each class, accuracy of each). The
     means leave out classes without a pixel; in the table they are nan. `baseline_miou` is what
@@ -376,10 +367,8 @@ def scores(matrix):
 
 def open_segmented(config):
     """(training, held-out) Images with label maps of --data: a name in DATASETS, or a folder."""
-    kind, _, argument = config.data.partition(":")
-    if kind in DATASETS:
-        train = DATASETS[kind](True, config.image_size, argument)
-        val = DATASETS[kind](False, config.image_size, argument)
+    if named := named_images(config.data, config.image_size):
+        train, val = named
         if train.read_label_map is None:
             raise BadInput(f"--data={config.data}: has no label maps to learn segmentation from")
     else:
@@ -480,26 +469,26 @@ def classes_of(labels, config, name):
 def count_labels(images, config):
     """Log which labels occur in 50 of the label maps, and how much is ignored. Raises BadInput if
     there are no two classes: then all others are read too, as one may be rare."""
-    counts = np.zeros(2**16, dtype=np.int64)
-    learnt = np.zeros(config.num_classes, dtype=np.int64)
-    order = np.random.default_rng(0).permutation(len(images)).tolist()
-    for number, index in enumerate(order):
-        if number >= 50 and np.count_nonzero(learnt) > 1:
+    numbers = set(class_labels(config).tolist())
+    pixels = Counter()  # of each label
+    for number, index in enumerate(permutation(len(images), 0, 0)):
+        if number >= 50 and len(numbers & pixels.keys()) > 1:
             break
-        labels = images.read_label_map(images.keys[index])
-        classes = classes_of(labels, config, images.name(index))
-        counts += np.bincount(labels.clip(max=2**16 - 1).flatten(), minlength=2**16)
-        learnt += np.bincount(classes[classes != IGNORE], minlength=config.num_classes)
-    shares = counts / counts.sum()
-    frequent = np.argsort(-shares, kind="stable")[: min(10, np.count_nonzero(counts))].tolist()
-    found = ", ".join(f"{label} ({100 * shares[label]:.1f}%)" for label in frequent)
-    ignored = 100 - 100 * learnt.sum() / counts.sum()
-    log(f"labels: {np.count_nonzero(learnt)} of {config.num_classes} classes occur, {ignored:.1f}% "
-        f"of the pixels are ignored; the most frequent labels are {found}")
-    if np.count_nonzero(learnt) < 2:
-        raise BadInput(f"--data={config.data}: {np.count_nonzero(learnt)} of --num_classes="
-                       f"{config.num_classes} occur in its label maps, which hold {found}; say "
-                       "which numbers are the classes: --num_classes=2 --label_values=0,255")
+        found = images.load(index, config.skip_bad_images)[1]
+        labels = images.read_label_map(images.keys[found])
+        classes_of(labels, config, images.name(found))  # raises BadInput if they are none
+        values, counts = np.unique(labels, return_counts=True)
+        pixels.update(dict(zip(values.tolist(), counts.tolist())))
+    learnt = numbers & pixels.keys()
+    share = 100 / pixels.total()
+    ignored = 100 - share * sum(pixels[label] for label in learnt)
+    frequent = ", ".join(f"{k} ({share * count:.1f}%)" for k, count in pixels.most_common(10))
+    log(f"labels: {len(learnt)} of {config.num_classes} classes occur, {ignored:.1f}% of the "
+        f"pixels are ignored; the most frequent labels are {frequent}")
+    if len(learnt) < 2:
+        raise BadInput(f"--data={config.data}: {len(learnt)} of --num_classes={config.num_classes} "
+                       f"occur in its label maps, which hold {frequent}; say which numbers are the "
+                       "classes: --num_classes=2 --label_values=0,255")
 
 
 class LabelMapViews(Dataset):
@@ -528,8 +517,8 @@ class LabelMapViews(Dataset):
         labels = None
         if self.images.read_label_map:  # there are none where labels are to be predicted
             name = self.images.name(found)
-            labels = classes_of(self.images.read_label_map(self.images.keys[found]), self.config,
-                                name)
+            labels = self.images.read_label_map(self.images.keys[found])
+            labels = classes_of(labels, self.config, name)
             if labels.shape != size:
                 raise BadInput(f"{name}: its label map has {labels.shape[1]}x{labels.shape[0]} "
                                f"pixels, the image {size[1]}x{size[0]}")

@@ -37,11 +37,11 @@ def blockwise_mask(
     """Mask rectangular blocks of patches until `num_masked` are masked or no block fits (algorithm
     1).
 
-    A block's patches are drawn between min_block and max_block (None: as many as are still to be
-    masked, which may be fewer), an aspect ratio log-uniform in [min_aspect,
-    1 / min_aspect], and is smaller than the grid in both directions. Returns a bool array (height,
-    width), True = masked: at least one patch, at most `num_masked`. For the paper's 75 of 14x14 the
-    mean is 74.5, because the last few patches often fit no block. `rng` is a numpy Generator.
+    The patches of a block are drawn between min_block and max_block (None: as many as are still to
+    be masked, which may be fewer), its aspect ratio log-uniform in [min_aspect, 1 / min_aspect]. It
+    is smaller than the grid in both directions. Returns a bool array (height, width), True =
+    masked: at least one patch, at most `num_masked`. For the paper's 75 of 14x14 the mean is 74.5,
+    because the last few patches often fit no block. `rng` is a numpy Generator.
     Raises BadInput, a ValueError, if such a mask cannot be placed.
     """
     if not 0 < num_masked < height * width:
@@ -152,6 +152,7 @@ class Images:
         """What the images are, wherever they lie: their number and a hash of their names."""
         names = [str(key).removeprefix(self.source) for key in self.keys]
         kind = "" if isinstance(self.keys[0], str) else self.source
+        # file names need not be UTF-8
         digest = hashlib.sha256("\n".join([kind, *names]).encode(errors="surrogateescape"))
         return f"{len(self)} images, names {digest.hexdigest()[:8]}"
 
@@ -232,10 +233,8 @@ def to_8_bits(values):
 def open_images(data, image_size, val_images):
     """(training images, at most `val_images` held-out ones) of --data: a name in DATASETS, or a
     folder. Up to a tenth is held out if the folder has no val/."""
-    kind, _, argument = data.partition(":")
-    if kind in DATASETS:
-        train = DATASETS[kind](True, image_size, argument)
-        val = DATASETS[kind](False, image_size, argument)
+    if named := named_images(data, image_size):
+        train, val = named
     elif not os.path.isdir(data):
         raise BadInput(f"--data={data}: no such folder, and none of {', '.join(DATASETS)}")
     elif os.path.isdir(os.path.join(data, "train")):
@@ -271,6 +270,14 @@ def patch_grid(size, side, patch_size):
 
 
 # ---- data sets with a name -----------------------------------------------------------------------
+
+
+def named_images(data, image_size):
+    """[training images, held-out ones] where --data is a name in DATASETS; else None."""
+    name, _, argument = data.partition(":")
+    if name not in DATASETS:
+        return None
+    return [DATASETS[name](train, image_size, argument) for train in (True, False)]
 
 
 def cifar(dataset, train, *_):
@@ -476,11 +483,13 @@ class Views(Dataset):
         return sample
 
 
-def draw_mask(name, config, rng):
-    """A mask (grid, grid), True = masked, of --mask_ratio, or a few patches less (algorithm 1)."""
-    grid = config.image_size // config.patch_size
-    num_masked = round(config.mask_ratio * grid**2)
-    return MASKS[name](grid, grid, num_masked, rng=rng, min_block=config.min_block)
+def draw_mask(name, config, rng, grid=None):
+    """A mask (height, width) of `grid`, or else of the patches of image_size, True = masked, of
+    --mask_ratio, or a few patches less (algorithm 1)."""
+    side = config.image_size // config.patch_size
+    height, width = grid or (side, side)
+    num_masked = round(config.mask_ratio * height * width)
+    return MASKS[name](height, width, num_masked, rng=rng, min_block=config.min_block)
 
 
 # (mean, standard deviation) of RGB in [0, 1]: ImageNet's; those of the authors' ImageNet-22k models

@@ -92,14 +92,11 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class RelativePositionBias(nn.Module):
-    """Holds a table of relative position biases: a row for every offset between two patches, and
-    three more for [CLS] to patch, patch to [CLS] and [CLS] to itself; a column per head."""
-
-    def __init__(self, config):
-        super().__init__()
-        rows = (2 * config.grid - 1) ** 2 + 3
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, config.heads))
+def bias_table(config):
+    """A table of relative position biases: a row for every offset between two patches, and three
+    more for [CLS] to patch, patch to [CLS] and [CLS] to itself; a column per head."""
+    rows = (2 * config.grid - 1) ** 2 + 3
+    return nn.Parameter(torch.zeros(rows, config.heads))
 
 
 def relative_position_index(height, width):
@@ -126,8 +123,7 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(config.dim))
         self.proj = nn.Linear(config.dim, config.dim)
         if config.position == "relative":
-            table = RelativePositionBias(config).relative_position_bias_table
-            self.relative_position_bias_table = table
+            self.relative_position_bias_table = bias_table(config)
 
     def queries_keys_values(self, x):
         """(B, 1 + N, D) -> three times (B, heads, 1 + N, D / heads)."""
@@ -221,7 +217,8 @@ class ViT(nn.Module):
                 persistent=False,
             )
         if config.position == "shared_relative":
-            self.rel_pos_bias = RelativePositionBias(config)
+            table = {"relative_position_bias_table": bias_table(config)}
+            self.rel_pos_bias = nn.ParameterDict(table)
         last = max(1, config.depth - 1)
         rates = [config.drop_path * number / last for number in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
@@ -248,7 +245,7 @@ class ViT(nn.Module):
         if self.config.position == "relative":
             tables = [block.attn.relative_position_bias_table for block in self.blocks]
         else:
-            tables = [self.rel_pos_bias.relative_position_bias_table]
+            tables = list(self.rel_pos_bias.values())
         index = self.relative_index
         if grid != (self.config.grid, self.config.grid):
             tables = [resize_positions(table, *grid, self.resize) for table in tables]
@@ -773,17 +770,13 @@ def find_network(checkpoint):
     return state, prefix.rstrip(".")
 
 
-def read_weights(path):
-    """(weights under the official names, their ViTConfig) of the BEiT in a file or transformers
-    folder: one of our checkpoints, an official .pth, a state dict of timm or transformers, or what
-    holds one of these (find_network). Where it isn't said how many heads there are, each has 64
-    channels, as in table 11. Raises BadInput if there is no BEiT."""
-    return read_network(path)[:2]
-
-
 def read_network(path):
-    """What read_weights returns, and a dict of what else is known: the "part" of the file that was
-    read, and maybe "config" (the run's options) and "classes" (their names)."""
+    """(weights under the official names, their ViTConfig, a dict of what else is known) of the BEiT
+    in a file or transformers folder: one of our checkpoints, an official .pth, a state dict of timm
+    or transformers, or what holds one of these (find_network). Where it isn't said how many heads
+    there are, each has 64 channels, as in table 11. Known are the "part" of the file that was read,
+    and maybe "config" (the run's options) and "classes" (their names). Raises BadInput if there is
+    no BEiT."""
     path = str(path)
     checkpoint = read_folder(path) if os.path.isdir(path) else read_tensors(path)
     arch = checkpoint.get("arch")
@@ -885,7 +878,7 @@ def optional(module, purpose):
 
 
 def load_weights(model, path, head=False):
-    """Copy the weights in `path` (what read_weights reads) into `model` by name.
+    """Copy the weights in `path` (what read_network reads) into `model` by name.
 
     Position embeddings and tables for another image size are interpolated. A table shared by all
     layers is copied to each that wants its own, and many become their mean where one is shared.
@@ -913,7 +906,7 @@ def load_weights(model, path, head=False):
         elif not name.startswith(heads):
             found = "is not in it" if value is None else f"is {tuple(value.shape)} there"
             raise BadInput(f"{path}: {name} {found} and {tuple(tensor.shape)} in the model; give "
-                             "the --size, --variant, --patch_size and classes it was trained with")
+                           "the --size, --variant, --patch_size and classes it was trained with")
     left_out = [name for name in state if name not in loaded]
     for name in left_out:
         if name.startswith(("blocks.", "pos_embed", "rel_pos_bias.")):
@@ -958,7 +951,7 @@ def evaluation_view(config, known):
 
 
 def export_weights(path, to, out):
-    """Write the weights in `path` (what read_weights reads) for another library: with
+    """Write the weights in `path` (what read_network reads) for another library: with
     to="transformers" the folder `out` for from_pretrained, with to="timm" the file `out` for
     `timm.create_model(..., checkpoint_path=out)`, which the official code reads too, with to="onnx"
     the file `out` for any batch. Returns Python that loads them and prepares an image."""

@@ -52,7 +52,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -507,9 +507,8 @@ def fit_pca(config):
     images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                            config.val_images)
     pca = TOKENIZERS["pca"].untrained(**asdict(config))
-    if config.micro_batch < 1 or len(images) < world_size():
-        raise BadInput(f"--micro_batch={config.micro_batch}, {len(images)} images: give at least "
-                       "one, and an image per process")
+    if len(images) < world_size():
+        raise BadInput(f"--data={config.data}: {len(images)} images are too few, one per process")
     claim_folder(config, images)
     if config.resume == "auto" and load_checkpoint(config.out):
         log(f"pca into {config.out}: done already")
@@ -545,29 +544,24 @@ def reconstruct(config):
     aspect: what the BEiT in --weights, a checkpoint.pt of this script, fills in."""
     checkpoint = read_checkpoint(config.weights)
     options = checkpoint.get("config", {}) if isinstance(checkpoint, dict) else {}
-    if options.get("task") != "mim":
+    if options.get("task") != "mim" or not options.get("mim_weight"):
         raise BadInput(f"--weights={config.weights}: no checkpoint.pt of masked image modelling")
     device, dtype = setup_device(config)
-    kept = options.keys() - {"weights", *MAY_CHANGE_ON_RESUME}
+    kept = options.keys() - {"weights", "contrast", "mim_weight", "local_crops",
+                             *MAY_CHANGE_ON_RESUME}
     trained = replace(config, **{name: options[name] for name in kept})
-    tokenizer = trained.tokenizer
-    if tokenizer in PREREQUISITES:
-        folder = os.path.dirname(config.weights)
-        tokenizer = build_tokenizer(f"{tokenizer}:{folder}/tokenizer/checkpoint.pt", device)
-    else:
-        tokenizer = build_tokenizer(tokenizer, device, trained.patch_size)
-    objective = MaskedImageModelling(trained, tokenizer).to(device).eval()
+    trained.out = os.path.dirname(config.weights)  # where its tokenizer is, if it was trained first
+    objective = make_objective(trained, device).eval()
+    patch_sizes = {"images": trained.patch_size, "token_images": objective.tokenizer.downsample}
     images = open_pictures(config.data, trained.image_size)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
         height, width = patch_grid(picture.size, trained.image_size, trained.patch_size)
         batch = {}
-        for name, patch in (("images", trained.patch_size), ("token_images", tokenizer.downsample)):
-            resized = picture.resize((width * patch, height * patch))
-            batch[name] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
+        for name, patch in patch_sizes.items():
+            batch[name] = pil_to_tensor(picture.resize((width * patch, height * patch)))[None]
         rng = np.random.default_rng([config.seed, index])
-        masked = round(trained.mask_ratio * height * width)
-        mask = MASKS[trained.mask](height, width, masked, rng=rng, min_block=trained.min_block)
+        mask = draw_mask(trained.mask, trained, rng, (height, width))
         batch["mask"] = batch["predict"] = torch.from_numpy(mask)[None]
         with autocast(device, dtype):
             columns = objective.pictures(to_device(batch, device, trained.norm))
@@ -993,18 +987,24 @@ def leave(code):
     sys.exit(code)
 
 
+DISK_IS_FULL = "make room and run it again; the last checkpoint is intact"
 # What a machine's error says -> what to do
 REMEDIES = {
     "shared memory": "give --num_workers=0, or more of it (Docker: --shm-size=8g)",
     "file </torch_": "give --num_workers=0, or more shared memory (Docker: --shm-size=8g)",
     "out of memory": "lower --micro_batch",
     "can't allocate memory": "lower --micro_batch",
-    "No space left on device": "make room and run it again; the last checkpoint is intact",
-    "Disk quota exceeded": "make room and run it again; the last checkpoint is intact",
-    "File too large": "make room and run it again; the last checkpoint is intact",
+    "No space left on device": DISK_IS_FULL,
+    "Disk quota exceeded": DISK_IS_FULL,
+    "File too large": DISK_IS_FULL,
     "Permission denied": "give another --out",
     "Read-only file system": "give another --out",
 }
+
+
+def last_line(error):
+    """The message of an error; a loader process's comes behind its traceback."""
+    return str(error).strip().rpartition("\n")[2]
 
 
 def run(main):
@@ -1012,15 +1012,14 @@ def run(main):
     try:
         main()
     except BadInput as error:
-        # a loader process's error comes wrapped in its traceback: the last line is the message
-        fail(str(error).strip().splitlines()[-1].removeprefix("masking.BadInput: "), 2)
+        fail(last_line(error).removeprefix("masking.BadInput: "), 2)
     except FloatingPointError as error:  # Logger.read's
         fail(error, 1)
     except Exception as error:
-        message = f"{error}".strip().splitlines()[-1:]
+        message = last_line(error)
         for symptom, remedy in REMEDIES.items():
-            if message and symptom in message[0]:
-                fail(f"{message[0]}; {remedy}", 1)
+            if symptom in message:
+                fail(f"{message}; {remedy}", 1)
         traceback.print_exc()
         leave(1)
     if dist.is_initialized():

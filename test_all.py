@@ -1725,7 +1725,8 @@ def check_baselines(out, line):
 
 @pytest.mark.parametrize("tokenizer", ["pixel", "dvae"])
 def test_any_picture_is_reconstructed_at_its_own_aspect(tokenizer, tmp_path):
-    toy(tmp_path / "run", f"--tokenizer={tokenizer}", "--steps=2")
+    contrast = ["--contrast=dino", "--prototypes=16"] if tokenizer == "dvae" else []  # ignored
+    toy(tmp_path / "run", f"--tokenizer={tokenizer}", "--steps=2", *contrast)
     masking.shapes_image(40, 7, 0).resize((30, 90)).save(tmp_path / "tall.png")
     words = ["--task=reconstruct", f"--out={tmp_path}", f"--data={tmp_path}/tall.png"]
     pretrain.main([*words, f"--weights={tmp_path}/run/checkpoint.pt"])
@@ -2407,6 +2408,15 @@ def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_pat
     assert Image.open(tmp_path / "predicted" / "predictions.png").size == (8 * 128, 2 * 144)
 
 
+def test_of_many_classes_the_most_confused_are_listed():
+    matrix = np.eye(60, dtype=int) * 5
+    matrix[7, 3] = 15
+    matrix[2, 9] = 4
+    lines = finetune_cls.confusion_table(matrix, [f"class{n}" for n in range(60)]).splitlines()
+    assert lines[1].split() == ["class7", "class3", "(75.0%)"]
+    assert lines[2].split() == ["class2", "class9", "(44.4%)"]
+
+
 def test_a_classifier_is_the_start_of_another_with_other_classes(labelled, tmp_path):
     weights = tmp_path / "w.pt"
     config = ViTConfig.named("nano", image_size=16, patch_size=8)
@@ -2871,6 +2881,9 @@ def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
     grey = Image.fromarray(np.arange(1600).reshape(40, 40).astype(np.uint8) % 3)
     high = Image.fromarray(np.full((40, 40), 9, np.uint8))
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 9, (40, 40, 3)).astype(np.uint8))
+    broken = folder("broken", grey)
+    for path in (tmp_path / "broken" / "images" / "training").iterdir():
+        path.write_bytes(b"no image")
     check_errors(capsys, [*TOY_SEG, f"--out={tmp_path}/out", f"--data={mapped}"], (
         (f"--data={tmp_path}", "images/validation: no such folder"),
         (folder("missing", None), "0.png: has no label map of its name"),
@@ -2878,6 +2891,7 @@ def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
         (folder("high", high), "label 9 is above 3, the last of --num_classes=3"),
         (folder("colour", colours), "a label map has one channel of whole numbers"),
         (folder("floats", grey.convert("F")), "a label map has one channel of whole numbers"),
+        (broken, ".png: cannot be read as an image"),
         (folder("jpeg", grey, ending="jpg"), "a JPEG; its compression makes up labels"),
         ("--micro_batch=0", "--micro_batch=0: give 1 or more"),
         ("--val_images=-1", "--val_images=-1: give 0 or more"),

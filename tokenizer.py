@@ -59,6 +59,8 @@ def build_tokenizer(spec, device="cpu", patch_size=16):
 
 
 class Target(nn.Module):
+    """What a target is that needs no argument."""
+
     form = ""
 
     @classmethod
@@ -182,11 +184,11 @@ def dalle_file(folder, name):
             torch.hub.download_url_to_file(DALLE_URL + name, path)
         except OSError as error:
             raise BadInput(f"{DALLE_URL}{name}: download failed ({error}); fetch encoder.pkl and "
-                             "decoder.pkl on another machine and give their folder as "
-                             "--tokenizer=dalle:DIR") from error
+                           "decoder.pkl on another machine and give their folder as "
+                           "--tokenizer=dalle:DIR") from error
     if not os.path.exists(path):
         raise BadInput(f"{path}: no such file; "
-                         f"--tokenizer=dalle:DIR needs DALL-E's {name} in DIR")
+                       f"--tokenizer=dalle:DIR needs DALL-E's {name} in DIR")
     return path
 
 
@@ -209,7 +211,7 @@ def read_dalle_pickle(path, module):
         module.load_state_dict(weights)
     except Exception as error:  # the unpickler raises many types for a damaged or doctored file
         raise BadInput(f"{path}: damaged, or not DALL-E's {type(module).__name__} "
-                         f"({short_message(error)}); delete it and download it again") from error
+                       f"({short_message(error)}); delete it and download it again") from error
 
 
 # ---- our own dVAE --------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ class DVAE(DiscreteTarget):
 def check_sides(images, downsample):
     if images.shape[2] % downsample or images.shape[3] % downsample:
         raise BadInput(f"images of {images.shape[2]}x{images.shape[3]} pixels are no multiple of "
-                         f"downsample={downsample}")
+                       f"downsample={downsample}")
 
 
 def read_own(path, network, config, task):
@@ -542,7 +544,7 @@ class PCAConfig:
     def __post_init__(self):
         if not 0 < self.components <= 3 * self.patch_size**2:
             raise BadInput(f"components={self.components}: a patch of {self.patch_size}x"
-                             f"{self.patch_size} pixels has 1 to {3 * self.patch_size**2}")
+                           f"{self.patch_size} pixels has 1 to {3 * self.patch_size**2}")
 
 
 class PCA(ContinuousTarget):
@@ -633,7 +635,7 @@ def read_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         raise BadInput(f"{path}: damaged, or no checkpoint of plain tensors "
-                         f"({short_message(error)})") from error
+                       f"({short_message(error)})") from error
 
 
 def short_message(error):
