@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as TF
+from torchvision.transforms.v2.functional import to_image
 
 
 class BadInput(ValueError):
@@ -115,7 +116,7 @@ class Images:
     """A list of images, with functions of a key; one is None if the data set lacks such labels."""
 
     keys: list  # paths or numbers
-    read: Callable  # -> RGB image
+    read: Callable  # -> RGB image: Pillow's, or uint8 (height, width, 3) array or (3, ...) tensor
     source: str  # for messages
     read_label: Callable = None  # -> the number of one of `classes`
     classes: list = None  # names
@@ -138,10 +139,11 @@ class Images:
         return re.sub(r"\W+", "_", name)
 
     def load(self, index, skip_bad=False):
-        """(image, its index): the one at `index`, or if asked the first readable one after it."""
+        """(image, its index): the one at `index`, or if asked the first readable one after it, as
+        uint8 (3, height, width)."""
         for found in (*range(index, len(self)), *range(index)):
             try:
-                return self.read(self.keys[found]), found
+                return to_image(self.read(self.keys[found])).as_subclass(torch.Tensor), found
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
                 if not skip_bad:
                     raise BadInput(f"{self.name(found)}: cannot be read as an image ({error}); "
@@ -206,15 +208,18 @@ LONGEST = 100  # a longer strip would need gigabytes when its short side is resi
 
 
 def read_image(path):
-    """The picture in a file as 8-bit RGB, turned as its EXIF tag says."""
+    """The picture in a file as uint8 RGB (3, height, width), turned as its EXIF tag says."""
     with Image.open(path) as image:
         if max(image.size) > LONGEST * min(image.size):
             width, height = image.size
             raise ValueError(f"{width}x{height} pixels, a side over {LONGEST} times the other")
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):  # the same pixels as Pillow's
+            file = read_file(os.fspath(path))
+            return decode_jpeg(file, ImageReadMode.RGB, apply_exif_orientation=True)
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             image = Image.fromarray(to_8_bits(np.asarray(image)))
-        return image.convert("RGB")
+        return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def to_8_bits(values):
@@ -262,11 +267,10 @@ def open_pictures(data, image_size, count=8):
 
 
 def patch_grid(size, side, patch_size):
-    """(height, width) in patches of a picture of `size` (width, height) whose short side is resized
+    """(height, width) in patches of a picture of `size` (height, width) whose short side is resized
     to `side` pixels, or its long one to four times that if it is longer."""
     scale = min(side / min(size), 4 * side / max(size))
-    width, height = (max(1, round(scale * length / patch_size)) for length in size)
-    return height, width
+    return tuple(max(1, round(scale * length / patch_size)) for length in size)
 
 
 # ---- data sets with a name -----------------------------------------------------------------------
@@ -288,13 +292,8 @@ def cifar(dataset, train, *_):
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{dataset.__name__}: download failed ({error}); put its archive into "
                        f"{root}, or give --data=FOLDER with the images as files") from error
-    read = functools.partial(image_of_array, data.data)
-    return Images(range(len(data)), read, dataset.__name__, data.targets.__getitem__, data.classes)
-
-
-def image_of_array(images, index):
-    """One of (N, H, W, 3) uint8."""
-    return Image.fromarray(images[index])
+    return Images(range(len(data)), data.data.__getitem__, dataset.__name__,
+                  data.targets.__getitem__, data.classes)
 
 
 def shapes(train, image_size, argument):
@@ -312,7 +311,7 @@ def shapes(train, image_size, argument):
 
 
 def shapes_image(size, seed, index):
-    return Image.fromarray(draw_shapes(size, seed, index)[0])
+    return draw_shapes(size, seed, index)[0]
 
 
 def shapes_label(seed, index):
@@ -428,59 +427,82 @@ class Views(Dataset):
 
     dataset[epoch, index] is a dict, all of it a function of (seed, epoch, index):
     images        (3, image_size, image_size) uint8, the patch view: ViT's input
-    token_images  (3, token_size, token_size) uint8, if that is another size: the same crop, flip
-                  and jitter for the tokenizer. DALL-E's makes a token of 8x8 pixels and the ViT a
-                  patch of 16x16, so 224 px go with 112 px: 14x14 patches and 14x14 tokens
+    token_images  (3, token_size, token_size) uint8, if that is another size: the same crop and flip
+                  for the tokenizer. DALL-E's makes a token of 8x8 pixels and the ViT a patch of
+                  16x16, so 224 px go with 112 px: 14x14 patches and 14x14 tokens
     mask          (grid, grid) bool, True = masked: these patches are replaced in the input
     predict       (grid, grid) bool, True = this patch's target is to be predicted
     skipped       whether it shows the next image because this one is unreadable
-    and, for training, `extra_views` {name: (count, transform)} as (count, 3, side, side) uint8,
-    each with a crop of its own. Held-out images are resized and cropped in the middle only.
+    and in training
+    colours       (3, 4) float32, the change of colours that `to_device` makes to both views
+    NAME          for each of `extra_views` {NAME: (count, transform)}, as (count, 3, side, side)
+                  uint8, each with a crop of its own
+    Held-out images are resized and cropped in the middle only.
     """
 
     def __init__(self, images, config, token_size, train, mask="none", extra_views=None):
         self.images = images
         self.config = config
+        self.train = train
         self.mask = mask
         self.extra_views = extra_views or {}
-        patch_view = self.transform(config.image_size, InterpolationMode.BICUBIC, train)
-        self.paired_transforms = {"images": patch_view}
+        self.sizes = {"images": config.image_size}
         if token_size != config.image_size:
-            token_view = self.transform(token_size, InterpolationMode.LANCZOS, train)
-            self.paired_transforms["token_images"] = token_view
-
-    def transform(self, size, mode, train):
-        if not train:
-            resize = transforms.Resize(round(size * 8 / 7), mode)  # the usual 256 for 224
-            return transforms.Compose([resize, transforms.CenterCrop(size)])
-        jitter = self.config.jitter
-        # cropped first, so that flip and jitter work on fewer pixels than in the official code
-        return transforms.Compose([
-            transforms.RandomResizedCrop(size, (self.config.crop_min, 1.0), interpolation=mode),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(jitter, jitter, jitter),
-        ])
+            self.sizes["token_images"] = token_size
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, key):
         epoch, index = key
-        seed = self.config.seed
-        image, found = self.images.load(index, self.config.skip_bad_images)
+        config = self.config
+        image, found = self.images.load(index, config.skip_bad_images)
         sample = {"skipped": found != index}
-        for name, transform in self.paired_transforms.items():
-            # the same seed for both views: the transforms draw the same crop, flip and jitter
-            torch.default_generator.manual_seed(derive_seed(seed, epoch, index))
-            sample[name] = pil_to_tensor(transform(image))
-        for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
-            torch.default_generator.manual_seed(derive_seed(seed, epoch, index, number))
-            sample[name] = torch.stack([pil_to_tensor(transform(image)) for _ in range(count)])
-        rng = np.random.default_rng([seed, epoch, index])
-        sample["mask"] = torch.from_numpy(draw_mask(self.mask, self.config, rng))
-        predict_all = self.config.predict == "all"
+        rng = np.random.default_rng([config.seed, epoch, index])
+        sample["mask"] = torch.from_numpy(draw_mask(self.mask, config, rng))
+        predict_all = config.predict == "all"
         sample["predict"] = torch.ones_like(sample["mask"]) if predict_all else sample["mask"]
+        if not self.train:
+            for name, size in self.sizes.items():  # the usual 256 for 224
+                resized = TF.resize(image, round(size * 8 / 7), BICUBIC, antialias=True)
+                sample[name] = TF.center_crop(resized, size)
+            return sample
+        torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index))
+        # cropped first, so that the rest works on fewer pixels than in the official code
+        box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), (3 / 4, 4 / 3))
+        flipped = torch.rand(()) < 0.5
+        for name, size in self.sizes.items():
+            view = TF.resized_crop(image, *box, [size, size], BICUBIC, antialias=True)
+            sample[name] = TF.hflip(view) if flipped else view
+        mean = sample["images"].float().mean(dim=(1, 2)).numpy() / 255
+        sample["colours"] = torch.from_numpy(draw_colours(config.jitter, mean, rng))
+        for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
+            torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index, number))
+            sample[name] = torch.stack([transform(image) for _ in range(count)])
         return sample
+
+
+BICUBIC = InterpolationMode.BICUBIC
+GREY = np.array([0.2989, 0.587, 0.114])  # how bright red, green and blue are
+
+
+def draw_colours(jitter, mean, rng):
+    """Random brightness, contrast and saturation in a random order (torchvision's ColorJitter) as
+    one affine map of RGB in [0, 1], which the device applies to whole batches: (3, 4) float32, the
+    matrix and the offset. `mean` (3,) is the view's mean colour, which contrast keeps."""
+    matrix = np.eye(3)
+    offset = np.zeros(3)
+    for change in rng.permutation(["brightness", "contrast", "saturation"]):
+        factor = rng.uniform(max(0, 1 - jitter), 1 + jitter)
+        step = factor * np.eye(3)
+        shift = 0
+        if change == "saturation":  # a mixture with the pixel's own grey
+            step += (1 - factor) * GREY
+        if change == "contrast":  # with the mean grey of the view as it is by now
+            shift = (1 - factor) * GREY @ (matrix @ mean + offset)
+        matrix = step @ matrix
+        offset = step @ offset + shift
+    return np.column_stack([matrix, offset]).astype(np.float32)
 
 
 def draw_mask(name, config, rng, grid=None):
@@ -500,8 +522,8 @@ NORMS = {
 
 
 def normalise(images, norm):
-    """uint8 (B, 3, H, W) -> what the ViT sees: mean and standard deviation of `norm` taken out."""
-    channels = zip((images / 255).unbind(1), *NORMS[norm])  # numbers, not tensors: no GPU waits
+    """(B, 3, H, W) in [0, 1] -> what the ViT sees: mean and deviation of `norm` taken out."""
+    channels = zip(images.unbind(1), *NORMS[norm])  # numbers, not tensors: no GPU waits
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
 
@@ -576,15 +598,30 @@ def micro_batches(batch, size):
 
 
 def to_device(batch, device, norm):
-    """A batch of Views on the device, where `images` (B, 3, H, W) become normalised floats,
-    `token_images` floats in [0, 1] and `predict` (B, h, w) becomes `positions` (K,) int64: where
-    its patches are among all B * h * w. That is worked out on the CPU, so that no GPU waits."""
+    """A batch of Views on the device, with its change of colours: `images` (B, 3, H, W) become
+    normalised floats, `token_images` floats in [0, 1], and `predict` (B, h, w) `positions` (K,)
+    int64: where its patches are among all B * h * w. That is worked out on the CPU, so that no GPU
+    waits."""
     positions = batch["predict"].flatten().nonzero().squeeze(1)
     batch = {**batch, "positions": positions}
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    batch["token_images"] = batch.get("token_images", batch["images"]) / 255
-    batch["images"] = normalise(batch["images"], norm)
+    images = recolour(batch["images"] / 255, batch.get("colours"))
+    if "token_images" in batch:
+        batch["token_images"] = recolour(batch["token_images"] / 255, batch.get("colours"))
+    else:
+        batch["token_images"] = images
+    batch["images"] = normalise(images, norm)
     return batch
+
+
+def recolour(images, colours):
+    """Images (B, 3, H, W) in [0, 1] after an affine map each, (B, 3, 4) of RGB; None changes
+    nothing."""
+    if colours is None:
+        return images
+    matrix, offset = colours.split([3, 1], dim=2)  # (B, 3, 3), (B, 3, 1)
+    pixels = torch.baddbmm(offset, matrix, images.flatten(2))  # (B, 3, H * W)
+    return pixels.view_as(images).clamp(0, 1)
 
 
 def first_batch(dataset, count, device):

@@ -52,12 +52,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from masking import (
-    DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all, denormalise,
+    BICUBIC, DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all, denormalise,
     derive_seed, draw_mask, first_batch, local_shard, make_loader, micro_batches, normalise,
     open_images, open_pictures, patch_grid, permutation, rank, to_device, world_size,
 )
@@ -354,8 +354,8 @@ def train(config):
         micros = micro_batches(batch, config.micro_batch)
         for number, micro in enumerate(micros, 1):
             model.require_backward_grad_sync = number == len(micros)  # DDP's switch
+            micro = to_device(micro, device, config.norm)
             with autocast(device, dtype):
-                micro = to_device(micro, device, config.norm)
                 loss, parts = model(micro, denominators, step / steps)
             # each loss is its share of the global mean, to be added up; DDP averages gradients over
             # the processes, so this undoes its division
@@ -397,8 +397,9 @@ def evaluate(objective, dataset, config, device, dtype, progress):
     keys = batches_of_all(len(dataset), config.micro_batch)
     for batch in make_loader(dataset, keys, config.num_workers, device):
         denominators = denominators + np.array(objective.denominators(batch))
+        batch = to_device(batch, device, config.norm)
         with autocast(device, dtype):
-            parts = objective.eval_sums(to_device(batch, device, config.norm), progress)
+            parts = objective.eval_sums(batch, progress)
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.flatten().cpu().double()
     sums = {name: np.array(all_reduce_sum(*value.tolist())) for name, value in sums.items()}
@@ -519,7 +520,7 @@ def fit_pca(config):
     loader = make_loader(dataset, batches, config.num_workers, device)
     moments = 0
     for batch in tqdm(loader, "principal components", disable=no_progress_bar()):
-        moments = moments + pca.moments(batch["images"] / 255)
+        moments = moments + pca.moments(to_device(batch, device, config.norm)["token_images"])
     pca.fit(torch.tensor(all_reduce_sum(*moments.tolist()), dtype=torch.float64))
 
     explained = (100 * pca.variances.cumsum(0) / pca.variances.sum()).tolist()
@@ -556,15 +557,17 @@ def reconstruct(config):
     images = open_pictures(config.data, trained.image_size)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
-        height, width = patch_grid(picture.size, trained.image_size, trained.patch_size)
+        height, width = patch_grid(picture.shape[1:], trained.image_size, trained.patch_size)
         batch = {}
         for name, patch in patch_sizes.items():
-            batch[name] = pil_to_tensor(picture.resize((width * patch, height * patch)))[None]
+            sides = [height * patch, width * patch]
+            batch[name] = TF.resize(picture, sides, BICUBIC, antialias=True)[None]
         rng = np.random.default_rng([config.seed, index])
         mask = draw_mask(trained.mask, trained, rng, (height, width))
         batch["mask"] = batch["predict"] = torch.from_numpy(mask)[None]
+        batch = to_device(batch, device, trained.norm)
         with autocast(device, dtype):
-            columns = objective.pictures(to_device(batch, device, trained.norm))
+            columns = objective.pictures(batch)
         path = os.path.join(config.out, f"reconstruction_{images.stem(index)}.png")
         save_columns(path, columns)
         log("wrote", path)
@@ -624,9 +627,9 @@ class MIMWithContrast(MaskedImageModelling):
 
     def outputs(self, batch, masked_features):
         """Pairs of what is to be compared: the student's output of a view, and another view's."""
-        views = [normalise(view, self.norm) for view in batch["views"].unbind(1)]
+        views = [normalise(view / 255, self.norm) for view in batch["views"].unbind(1)]
         crops = batch["local_views"].unbind(1) if "local_views" in batch else ()
-        crops = [normalise(crop, self.norm) for crop in crops]
+        crops = [normalise(crop / 255, self.norm) for crop in crops]
         project_student = functools.partial(self.project, self.model, self.model.projector)
         if self.separate_passes:
             student = project_student(views) + (project_student(crops) if crops else [])
@@ -732,10 +735,9 @@ def contrastive_views(config, objective):
 
 def ssl_augment(size, area):
     """What makes two views of an image hard to match by their colours alone (DINO, SimCLR)."""
-    bicubic = transforms.InterpolationMode.BICUBIC
     blur = transforms.GaussianBlur(size // 20 * 2 + 1, (size / 2240, size / 112))  # SimCLR's, 10%
     return transforms.Compose([
-        transforms.RandomResizedCrop(size, area, interpolation=bicubic),
+        transforms.RandomResizedCrop(size, area, interpolation=BICUBIC),
         transforms.RandomHorizontalFlip(),
         transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
         transforms.RandomGrayscale(0.2),
@@ -752,7 +754,7 @@ def save_columns(path, columns):
     scale = math.ceil(128 / images.shape[3])  # small images are shown larger
     images = F.interpolate(images.clamp(0, 1), scale_factor=scale)
     grid = make_grid(images, nrow=len(columns), padding=4, pad_value=1.0)
-    picture = ImageOps.expand(to_pil_image(grid), border=(0, 14, 0, 0), fill="white")
+    picture = ImageOps.expand(TF.to_pil_image(grid), border=(0, 14, 0, 0), fill="white")
     for number, title in enumerate(columns):
         place = (4 + number * (images.shape[3] + 4), 2)
         ImageDraw.Draw(picture).text(place, title, fill="black")
@@ -789,8 +791,8 @@ def plan(config):
         """Forward and backward; returns the bytes that were kept between them."""
         kept.clear()
         part = micro_batches(batch, images)[0]
+        micro = to_device(part, device, config.norm)
         with autocast(device, dtype), saved_tensors_hooks(keep, lambda tensor: tensor):
-            micro = to_device(part, device, config.norm)
             loss, _ = objective(micro, objective.denominators(part), 1.0)
         loss.backward()
         loss.item()  # waits for the GPU
