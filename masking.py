@@ -437,17 +437,21 @@ class Views(Dataset):
     colours       (3, 4) float32, the change of colours that `to_device` makes to both views
     NAME          for each of `extra_views` {NAME: (count, transform)}, as (count, 3, side, side)
                   uint8, each with a crop of its own
-    Held-out images are resized and cropped in the middle only.
+    tokens        (grid, grid) int64 from `tokens`, an array (images, grid, grid) for each epoch
+    With --cache_epochs=K all but the mask is that of epoch % K. Held-out images are resized and
+    cropped in the middle only.
     """
 
-    def __init__(self, images, config, token_size, train, mask="none", extra_views=None):
+    def __init__(self, images, config, token_size, train, mask="none", extra_views=None,
+                 tokens=None):
         self.images = images
         self.config = config
         self.train = train
         self.mask = mask
         self.extra_views = extra_views or {}
+        self.tokens = tokens
         self.sizes = {"images": config.image_size}
-        if token_size != config.image_size:
+        if token_size != config.image_size and tokens is None:
             self.sizes["token_images"] = token_size
 
     def __len__(self):
@@ -467,6 +471,8 @@ class Views(Dataset):
                 resized = TF.resize(image, round(size * 8 / 7), BICUBIC, antialias=True)
                 sample[name] = TF.center_crop(resized, size)
             return sample
+        if config.cache_epochs:
+            epoch %= config.cache_epochs
         torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index))
         # cropped first, so that the rest works on fewer pixels than in the official code
         box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), (3 / 4, 4 / 3))
@@ -475,7 +481,10 @@ class Views(Dataset):
             view = TF.resized_crop(image, *box, [size, size], BICUBIC, antialias=True)
             sample[name] = TF.hflip(view) if flipped else view
         mean = sample["images"].float().mean(dim=(1, 2)).numpy() / 255
+        rng = np.random.default_rng([config.seed, epoch, index, 1])
         sample["colours"] = torch.from_numpy(draw_colours(config.jitter, mean, rng))
+        if self.tokens is not None:
+            sample["tokens"] = torch.from_numpy(self.tokens[epoch][index].astype(np.int64))
         for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
             torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index, number))
             sample[name] = torch.stack([transform(image) for _ in range(count)])
@@ -573,9 +582,9 @@ def local_shard(items):
     return items[start : (rank() + 1) * len(items) // world_size()]
 
 
-def batches_of_all(count, size):
+def batches_of_all(count, size, epoch=0):
     """The keys of this process's part of `count` images, each once, in batches of `size`."""
-    keys = local_shard([(0, index) for index in range(count)])
+    keys = local_shard([(epoch, index) for index in range(count)])
     return [keys[start : start + size] for start in range(0, len(keys), size)]
 
 
@@ -584,7 +593,7 @@ def make_loader(dataset, batches, workers, device):
     pin = device.type == "cuda"
     workers = min(workers, os.cpu_count() or 1)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                      worker_init_fn=ignore_sigterm)
+                      persistent_workers=workers > 0, worker_init_fn=ignore_sigterm)
 
 
 def ignore_sigterm(worker):
@@ -597,6 +606,13 @@ def micro_batches(batch, size):
             for start in range(0, len(batch["images"]), size)]
 
 
+def copy_to(device, tensor):
+    """`tensor` on the device. From pinned memory the host need not wait for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def to_device(batch, device, norm):
     """A batch of Views on the device, with its change of colours: `images` (B, 3, H, W) become
     normalised floats, `token_images` floats in [0, 1], and `predict` (B, h, w) `positions` (K,)
@@ -604,7 +620,7 @@ def to_device(batch, device, norm):
     waits."""
     positions = batch["predict"].flatten().nonzero().squeeze(1)
     batch = {**batch, "positions": positions}
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    batch = {name: copy_to(device, value) for name, value in batch.items()}
     images = recolour(batch["images"] / 255, batch.get("colours"))
     if "token_images" in batch:
         batch["token_images"] = recolour(batch["token_images"] / 255, batch.get("colours"))

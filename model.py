@@ -22,8 +22,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
-from masking import NORMS, BadInput
+from masking import NORMS, BadInput, copy_to
 from tokenizer import read_checkpoint
 
 # Layers / width / heads of table 11 and of ViT and DeiT, and LayerScale's init for a variant that
@@ -112,6 +113,13 @@ def relative_position_index(height, width):
     return index
 
 
+def padded_index(height, width):
+    """relative_position_index with columns added, whose biases nothing reads, up to a multiple of
+    8: fused attention kernels copy a bias whose rows start elsewhere."""
+    index = relative_position_index(height, width)
+    return F.pad(index, (0, -len(index) % 8))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with biases on queries and values but none on keys."""
 
@@ -132,9 +140,9 @@ class Attention(nn.Module):
         return qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x, bias=None):
-        """(B, 1 + N, D) -> the same; `bias` (heads, 1 + N, 1 + N) is added to the logits."""
+        """(B, 1 + N, D) -> the same; `bias`, as from position_biases, is added to the logits."""
         q, k, v = self.queries_keys_values(x)
-        bias = None if bias is None else bias.to(q.dtype).unsqueeze(0)
+        bias = None if bias is None else bias.to(q.dtype)[None, :, :, : k.shape[2]]
         if self.training and not len(q):  # stochastic depth kept no sample: some kernels refuse
             x = v
         else:
@@ -146,7 +154,7 @@ class Attention(nn.Module):
         """What `forward` applies but never stores: (B, heads, queries, keys), rows sum to 1."""
         q, k, _ = self.queries_keys_values(x)
         logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-        return (logits if bias is None else logits + bias).softmax(dim=3)
+        return (logits if bias is None else logits + bias[..., : k.shape[2]]).softmax(dim=3)
 
 
 class MLP(nn.Module):
@@ -165,6 +173,7 @@ class Block(nn.Module):
     def __init__(self, config, drop_path):
         super().__init__()
         self.drop_path = drop_path
+        self.static_shapes = False  # for compilation, which every new shape would start again
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
@@ -174,24 +183,33 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
 
-    def forward(self, x, bias=None):
-        """(B, 1 + N, D) -> the same; `bias` as in Attention."""
-        x = self.residual(x, self.gamma_1, lambda x: self.attn(self.norm1(x), bias))
-        return self.residual(x, self.gamma_2, lambda x: self.mlp(self.norm2(x)))
+    def forward(self, x, bias=None, kept=(None, None)):
+        """(B, 1 + N, D) -> the same; `bias` as in Attention, `kept` from `draw_kept`."""
+        x = self.residual(x, self.gamma_1, lambda x: self.attn(self.norm1(x), bias), kept[0])
+        return self.residual(x, self.gamma_2, lambda x: self.mlp(self.norm2(x)), kept[1])
 
-    def residual(self, x, gamma, branch):
-        """x + gamma * branch(x). Stochastic depth drops the branch of whole samples at random.
-
-        A dropped sample never enters its branch, so a rate of 0.1 saves 5% of the network's work.
-        The draw is made on the CPU, where finding the samples that stay makes no GPU wait.
-        """
-        gain = 1 if gamma is None else gamma
+    def draw_kept(self, x):
+        """Stochastic depth: for both branches, which of the samples x (B, 1 + N, D) are kept at
+        random, (K,) int64, or None for all. A dropped sample never enters its branch, so a rate of
+        0.1 saves 5% of the network's work. With static shapes it does, and its output is multiplied
+        by 0: (B, 1, 1). The draw is made on the CPU, where finding these samples makes no GPU
+        wait."""
         if not self.training or self.drop_path == 0:
+            return None, None
+        kept = torch.rand(2, len(x)) >= self.drop_path
+        if self.static_shapes:
+            return copy_to(x.device, kept.float() / (1 - self.drop_path))[..., None, None].unbind()
+        return [copy_to(x.device, branch.nonzero().squeeze(1)) for branch in kept]
+
+    def residual(self, x, gamma, branch, kept):
+        """x + gamma * branch(x), the branch without the samples that are not `kept`."""
+        gain = 1 if gamma is None else gamma
+        if kept is None:
             return x + gain * branch(x)
-        stay = (torch.rand(len(x)) >= self.drop_path).nonzero().squeeze(1)
-        stay = stay.to(x.device, non_blocking=True)
-        out = branch(x[stay]) * (gain / (1 - self.drop_path))
-        return x.index_add(0, stay, out.to(x.dtype))
+        if kept.is_floating_point():
+            return x + gain * kept * branch(x)
+        out = branch(x[kept]) * (gain / (1 - self.drop_path))
+        return x.index_add(0, kept, out.to(x.dtype))
 
 
 class ViT(nn.Module):
@@ -201,6 +219,7 @@ class ViT(nn.Module):
     config.image_size."""
 
     resize = "bicubic"  # how positions are interpolated (F.interpolate's mode)
+    checkpointing = False  # keep only what enters a block for the backward pass: a third slower
 
     def __init__(self, config):
         super().__init__()
@@ -211,11 +230,8 @@ class ViT(nn.Module):
         if config.position == "absolute":
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, config.dim))
         else:
-            self.register_buffer(
-                "relative_index",
-                relative_position_index(config.grid, config.grid),
-                persistent=False,
-            )
+            index = padded_index(config.grid, config.grid)
+            self.register_buffer("relative_index", index, persistent=False)
         if config.position == "shared_relative":
             table = {"relative_position_bias_table": bias_table(config)}
             self.rel_pos_bias = nn.ParameterDict(table)
@@ -238,8 +254,8 @@ class ViT(nn.Module):
             block.mlp.fc2.weight.div_(math.sqrt(2 * number))
 
     def position_biases(self, grid):
-        """For each block what is added to its attention logits: (heads, 1 + N, 1 + N) or None;
-        `grid` is (height, width) of the patches."""
+        """For each block what is added to its attention logits: (heads, 1 + N, 1 + N, padded to a
+        multiple of 8) or None; `grid` is (height, width) of the patches."""
         if self.config.position == "absolute":
             return [None] * len(self.blocks)
         if self.config.position == "relative":
@@ -249,10 +265,10 @@ class ViT(nn.Module):
         index = self.relative_index
         if grid != (self.config.grid, self.config.grid):
             tables = [resize_positions(table, *grid, self.resize) for table in tables]
-            index = relative_position_index(*grid).to(index.device, non_blocking=True)
+            index = copy_to(index.device, padded_index(*grid))
         # embedding() and not table[index]: its backward adds up in a fixed order, so that a resumed
         # run is bit-identical
-        biases = [F.embedding(index, table).permute(2, 0, 1) for table in tables]
+        biases = [F.embedding(index, table).permute(2, 0, 1).contiguous() for table in tables]
         return biases * (len(self.blocks) // len(biases))  # a shared one goes to every block
 
     def encode(self, patches, grid):
@@ -263,7 +279,11 @@ class ViT(nn.Module):
             x = x + resize_positions(self.pos_embed, *grid, self.resize)
         layers = [x]
         for block, bias in zip(self.blocks, self.position_biases(grid)):
-            x = block(x, bias)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, bias, block.draw_kept(x), use_reentrant=False,
+                               preserve_rng_state=False)
+            else:
+                x = block(x, bias, block.draw_kept(x))
             layers.append(x)
         return layers
 

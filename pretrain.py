@@ -21,6 +21,7 @@ import argparse
 import copy
 import difflib
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -29,10 +30,12 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import zipfile
@@ -45,6 +48,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.lib.format import open_memmap
 from PIL import ImageDraw, ImageOps
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -62,8 +66,8 @@ from masking import (
     open_images, open_pictures, patch_grid, permutation, rank, to_device, world_size,
 )
 from model import (
-    CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViTConfig, load_weights, param_groups,
-    write_atomically,
+    CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
+    param_groups, write_atomically,
 )
 from tokenizer import TOKENIZERS, build_tokenizer, read_checkpoint
 
@@ -98,6 +102,7 @@ class RunConfig:
     num_workers: int = 8  # processes that load images for each GPU; the batches do not depend on it
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # float16 on V100
     compile: bool = False  # torch.compile the blocks: a slow start, then faster steps on a GPU
+    checkpointing: bool = False  # compute activations twice: far less memory, a third more time
     device: str = "auto"  # auto is this process's GPU if there is one; or cpu, cuda, mps
     resume: Literal["auto", "never"] = "auto"  # "never": start from scratch, overwriting --out
     log_every: int = 50  # steps between log lines; each of them waits for the GPU
@@ -106,11 +111,12 @@ class RunConfig:
     norm: str = "imagenet"  # pixel mean and deviation; half with the authors' ImageNet-22k weights
     skip_bad_images: bool = False  # count and skip unreadable images; false stops at one
     tensorboard: bool = False  # also log for TensorBoard, which must be installed
+    bench: bool = False  # measure the speed of loading, tokenizer, model and all of it, and stop
 
 
 @dataclass
 class Config(RunConfig):
-    task: str = "mim"  # masked image modelling; a target: tokenizer (a dVAE), pca; reconstruct
+    task: str = "mim"  # masked image modelling; a target: tokenizer (a dVAE), pca; see README
     tokenizer: str = "dalle"  # what is predicted; dvae and pca without a file are trained first
     mask: str = "block"  # random: -0.1 top-1, -1.7 mIoU (table 4)
     mask_ratio: float = 0.383  # 75 of 14x14 patches, the authors' rounding of the paper's 40%
@@ -119,6 +125,8 @@ class Config(RunConfig):
     crop_min: float = 0.08  # minimum area of the crop; raise it where images are tiny
     jitter: float = 0.4  # of brightness, contrast and saturation; the tokenizer sees it too
     val_images: int = 2048  # held-out images per evaluation; more is slower and less noisy
+    token_cache: str = "none"  # folder that --task=tokens wrote: no time for the tokenizer
+    cache_epochs: int = 0  # the crops repeat after this many epochs, the masks never; 0: neither
     # training a target first
     tokenizer_steps: int = 50_000  # training steps of our dVAE, if --tokenizer=dvae trains it first
     tokenizer_lr: float = 1.5e-3  # peak lr of that; a small dVAE tolerates more than a ViT
@@ -214,6 +222,7 @@ class Objective(nn.Module):
                  the sums over a batch of an evaluation
     """
 
+    tokenizer = None
     mask = "none"  # how its input is masked: a name in MASKS
     extra_views = {}  # views it needs besides the paired ones: {name: (count, transform)}
 
@@ -265,14 +274,15 @@ class MaskedImageModelling(Objective):
         num_masked = denominators[0]  # masked patches in the global batch, K of them in this one
         positions = batch["positions"]  # (K,): where they are, among B * h * w
         logits = self.model(batch["images"], batch["mask"], positions)  # (K, vocab)
-        tokens = self.tokenizer.encode(batch["token_images"])           # (B, h, w)
-        tokens = tokens.flatten(0, 2)[positions]                        # (K,)
+        if "tokens" not in batch:  # else they are from --token_cache
+            batch["tokens"] = self.tokenizer.encode(batch["token_images"])  # (B, h, w)
+        tokens = batch["tokens"].flatten(0, 2)[positions]               # (K,)
         loss, metrics = self.tokenizer.loss(logits, tokens)  # F.cross_entropy, summed over K
         return loss / num_masked, {name: value / num_masked for name, value in metrics.items()}
 
     def eval_sums(self, batch, progress):
         loss, metrics = MaskedImageModelling.forward(self, batch, [1], progress)
-        tokens = self.tokenizer.encode(batch["token_images"]).flatten(0, 2)[batch["positions"]]
+        tokens = batch["tokens"].flatten(0, 2)[batch["positions"]]
         return {"loss": loss, **metrics, **self.tokenizer.statistics(tokens)}
 
     def finish(self, sums, denominators):
@@ -326,8 +336,9 @@ def train(config):
         raise BadInput(f"--data={config.data}: {len(val_images)} held-out images are too few")
 
     objective = make_objective(config, device)
+    tokens = open_token_cache(config, train_images, objective.tokenizer)
     dataset = Views(train_images, config, objective.token_size, True, objective.mask,
-                    objective.extra_views)
+                    objective.extra_views, tokens)
     val_dataset = Views(val_images, config, objective.token_size, False, objective.mask)
     model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
@@ -338,6 +349,8 @@ def train(config):
     batches = (local_shard(batch_of_step(step, len(dataset), config.batch_size, config.seed))
                for step in range(start, steps))
     loader = make_loader(dataset, batches, config.num_workers, device)
+    val_batches = batches_of_all(len(val_dataset), config.micro_batch)
+    val_loader = make_loader(val_dataset, val_batches, config.num_workers, device)
     logger = Logger(config, train_images, start, steps, steps_per_epoch)
 
     for step, batch in enumerate(loader, start):
@@ -377,7 +390,7 @@ def train(config):
         record = logger.read(lr)
         if to_evaluate:
             objective.eval()
-            record |= evaluate(objective, val_dataset, config, device, dtype, logger.done / steps)
+            record |= evaluate(objective, val_loader, config, device, dtype, logger.done / steps)
             if rank() == 0:
                 columns = objective.pictures(first_batch(val_dataset, 8, device))
                 save_columns(os.path.join(config.out, "reconstruction.png"), columns)
@@ -389,13 +402,12 @@ def train(config):
 
 
 @torch.no_grad()
-def evaluate(objective, dataset, config, device, dtype, progress):
+def evaluate(objective, loader, config, device, dtype, progress):
     """Means over the held-out images, each counted once whatever the number of processes: val_*."""
     torch.manual_seed(derive_seed(config.seed, rank()))  # for the noise in a dVAE's loss
     sums = {}
     denominators = 0
-    keys = batches_of_all(len(dataset), config.micro_batch)
-    for batch in make_loader(dataset, keys, config.num_workers, device):
+    for batch in loader:
         denominators = denominators + np.array(objective.denominators(batch))
         batch = to_device(batch, device, config.norm)
         with autocast(device, dtype):
@@ -434,7 +446,7 @@ def main(argv=None):
     target = objective_class.target(config)
     if target in PREREQUISITES and not make_prerequisite(config, target):
         return None  # stopped by SIGTERM
-    return train(config)
+    return bench(config) if config.bench else train(config)
 
 
 # ==== A first reading can stop here: above is all of BEiT's pre-training ==========================
@@ -650,8 +662,9 @@ class MIMWithContrast(MaskedImageModelling):
         if self.mim_weight:  # as in MaskedImageModelling, but the features are used twice
             positions = batch["positions"]
             logits, features = self.model(batch["images"], batch["mask"], positions, True)
-            tokens = self.tokenizer.encode(batch["token_images"]).flatten(0, 2)[positions]
-            loss, metrics = self.tokenizer.loss(logits, tokens)
+            if "tokens" not in batch:
+                batch["tokens"] = self.tokenizer.encode(batch["token_images"])
+            loss, metrics = self.tokenizer.loss(logits, batch["tokens"].flatten(0, 2)[positions])
             loss = loss / denominators[0]
             metrics = {name: value / denominators[0] for name, value in metrics.items()}
             metrics["mim_loss"] = loss.detach()
@@ -800,15 +813,8 @@ def plan(config):
 
     half = trial // 2 or 1
     activations = (step(trial) - step(half)) / (trial - half or 1)  # the rest is weights
-    # not every device's fused attention is counted
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step(half)
-    flops = counter.get_total_flops() / half
-    speed = config.images_per_s
-    if not speed:
-        start = time.time()
-        step(trial)
-        speed = trial / (time.time() - start)
+    flops = count_flops(lambda: step(half)) / half
+    speed = config.images_per_s or trial / median_seconds(lambda: step(trial), device)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     # gradient and AdamW's two moments besides the weight; a teacher has only that
     weights = 12 * trained + 4 * sum(p.numel() for p in objective.parameters())
@@ -828,9 +834,105 @@ speed       {speed:,.1f} images/s per process, {"given" if config.images_per_s e
 time        {days:,.2f} days on {processes} processes""")
 
 
+def token_cache_key(config, images, tokenizer):
+    """What cached tokens depend on: the images, their views and the tokenizer."""
+    names = ("seed", "image_size", "patch_size", "crop_min", "jitter", "cache_epochs")
+    digest = hashlib.sha256()
+    for value in tokenizer.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    key = {name: getattr(config, name) for name in names}
+    return {**key, "images": images.fingerprint(), "tokenizer": digest.hexdigest()[:8]}
+
+
+def check_token_cache(folder, key):
+    with open(f"{folder}/tokens.json") as file:
+        there = json.load(file)
+    for name, value in key.items():
+        if there.get(name) != value:
+            raise BadInput(f"{folder}: tokens of another run: {name} is {there.get(name)} there, "
+                           f"{value} here")
+
+
+def open_token_cache(config, images, tokenizer):
+    """What --task=tokens wrote into --token_cache: for each of --cache_epochs epochs the tokens of
+    all training images' views, (images, h, w) uint16. None without a cache; raises BadInput for
+    that of another run."""
+    folder = config.token_cache
+    if folder == "none":
+        return None
+    check_range(config, 1, math.inf, "cache_epochs")
+    paths = [f"{folder}/tokens_{epoch:04}.npy" for epoch in range(config.cache_epochs)]
+    for path in (f"{folder}/tokens.json", *paths):
+        if not os.path.exists(path):
+            raise BadInput(f"--token_cache: {path} is not there; --task=tokens writes it, with the "
+                           "options of this run")
+    check_token_cache(folder, token_cache_key(config, images, tokenizer))
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+
+@torch.no_grad()
+def write_tokens(config):
+    """--task=tokens: write OUT/tokens_EPOCH.npy for each of --cache_epochs epochs, but those that
+    are there already. Its processes are to run on one machine."""
+    config = replace(config, task="mim")
+    check_range(config, 1, math.inf, "cache_epochs")
+    if config.tokenizer in PREREQUISITES:
+        raise BadInput(f"--task=tokens: give a trained tokenizer, {config.tokenizer}:FILE")
+    device, _ = setup_device(config)
+    images = local_rank0_first(open_images, config.data, config.image_size, config.val_images)[0]
+    objective = make_objective(config, device)
+    if not hasattr(objective.tokenizer, "vocab_size"):
+        raise BadInput(f"--task=tokens: --tokenizer={config.tokenizer} has no tokens")
+    key = token_cache_key(config, images, objective.tokenizer)
+    path = f"{config.out}/tokens.json"
+    if rank() == 0 and not os.path.exists(path):
+        write_atomically(path, lambda file: file.write(json.dumps(key).encode()))
+    all_reduce_sum(0)  # the others wait for it
+    check_token_cache(config.out, key)
+    dataset = Views(images, config, objective.token_size, train=True)
+    grid = config.image_size // config.patch_size
+    for epoch in range(config.cache_epochs):
+        path = f"{config.out}/tokens_{epoch:04}.npy"
+        if os.path.exists(path):
+            continue
+        if rank() == 0:
+            open_memmap(f"{path}.tmp", "w+", np.uint16, (len(images), grid, grid))
+        all_reduce_sum(0)
+        rows = open_memmap(f"{path}.tmp", "r+")
+        keys = batches_of_all(len(images), config.micro_batch, epoch)
+        loader = make_loader(dataset, keys, config.num_workers, device)
+        bar = tqdm(loader, f"tokens of epoch {epoch}", len(keys), disable=no_progress_bar())
+        for batch_keys, batch in zip(keys, bar, strict=True):
+            batch = to_device(batch, device, config.norm)
+            tokens = objective.tokenizer.encode(batch["token_images"])
+            rows[[index for _, index in batch_keys]] = tokens.cpu().numpy()
+        rows.flush()
+        all_reduce_sum(0)
+        if rank() == 0:
+            os.replace(f"{path}.tmp", path)
+            log("wrote", path)
+
+
+def bench(config):
+    """--bench: how fast images are loaded, become tokens and are learnt from."""
+    device, dtype = setup_device(config)
+    images = local_rank0_first(open_images, config.data, config.image_size, config.val_images)[0]
+    objective = make_objective(config, device)
+    tokens = open_token_cache(config, images, objective.tokenizer)
+    dataset = Views(images, config, objective.token_size, True, objective.mask,
+                    objective.extra_views, tokens)
+
+    def loss_of(model, inputs):
+        return model(inputs, objective.denominators(inputs), 1.0)[0]
+
+    to_inputs = functools.partial(to_device, device=device, norm=config.norm)
+    encode = objective.tokenizer.encode if objective.tokenizer and not tokens else None
+    measure_speed(config, objective, dataset, device, dtype, to_inputs, loss_of, encode)
+
+
 OBJECTIVES = {"mim": MaskedImageModelling, "tokenizer": TokenizerTraining}
 # tasks that need no loop
-OTHER_TASKS = {"pca": fit_pca, "reconstruct": reconstruct}
+OTHER_TASKS = {"pca": fit_pca, "reconstruct": reconstruct, "tokens": write_tokens}
 # kinds of --tokenizer that are made first if no file is given: (task, function)
 PREREQUISITES = {"dvae": ("tokenizer", train), "pca": ("pca", fit_pca)}
 
@@ -880,6 +982,92 @@ def run_length(config, count):
         raise BadInput(f"--warmup_epochs={config.warmup_epochs:g}: is {warmup} steps of a run of "
                        f"{steps}; lower it (or --warmup_steps), or train longer")
     return steps, steps_per_epoch, warmup
+
+
+# ---- speed ---------------------------------------------------------------------------------------
+
+
+def median_seconds(run, device, calls=4):
+    """Of several calls, after one that warms up."""
+    times = []
+    for _ in range(calls + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def count_flops(run):
+    # not every device's fused attention is counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure_speed(config, objective, dataset, device, dtype, to_inputs, loss_of, encode=None):
+    """Print what one process does per second, as a table and, in the last line, as JSON.
+    `to_inputs` takes a loaded batch to the device, `encode` makes tokens of its token_images, and
+    `loss_of` makes a loss of a model and all that."""
+    size = min(config.micro_batch, math.ceil(config.batch_size / world_size()))
+    batches = [local_shard(batch_of_step(step, len(dataset), size * world_size(), config.seed))
+               for step in range(min(10, len(dataset) // (size * world_size())))]
+    batch = next(iter(make_loader(dataset, batches[:1], 0, device)))
+
+    def with_tokens(batch):
+        inputs = to_inputs(batch)
+        if encode:
+            with autocast(device, dtype):
+                inputs["tokens"] = encode(inputs["token_images"])
+        return inputs
+
+    def backward(inputs):
+        with autocast(device, dtype):
+            loss = loss_of(model, inputs)
+        loss.backward()
+
+    def step(inputs):
+        backward(inputs)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model = objective
+    few = with_tokens(micro_batches(batch, 2)[0])
+    flops = count_flops(lambda: backward(few)) / len(few["images"])
+    with tempfile.TemporaryDirectory() as out:
+        private = replace(config, out=out)
+        model, optimizer, *_ = prepare(objective, dataset.images, private, device, dtype)
+    inputs = with_tokens(batch)
+    rates = {"load_images_per_s_per_core": None, "tokenizer_images_per_s": None}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader's process
+    keys = itertools.cycle(itertools.chain(*batches))
+    load = median_seconds(lambda: [dataset[next(keys)] for _ in range(16)], device) / 16
+    rates["load_images_per_s_per_core"] = 1 / load
+    torch.set_num_threads(threads)
+    if encode:
+        tokenise = median_seconds(lambda: with_tokens(batch), device)
+        rates["tokenizer_images_per_s"] = size / tokenise
+    rates["model_images_per_s"] = size / median_seconds(lambda: step(inputs), device)
+    loader = iter(make_loader(dataset, itertools.cycle(batches), config.num_workers, device))
+    together = median_seconds(lambda: step(to_inputs(next(loader))), device, calls=8)
+    rates["step_images_per_s"] = size / together
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    rates["peak_memory_gb"] = peak / 1e9
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    most = 2 * side**3 / median_seconds(lambda: matrix @ matrix, device)
+    rates["utilisation"] = flops * rates["model_images_per_s"] / most
+    days = run_length(config, len(dataset))[0] * config.batch_size / 86_400
+    days /= rates["step_images_per_s"] * world_size()
+    for name, value in rates.items():
+        log(f"{name:27}{'none' if value is None else format(value, '.4g')}")
+    log(f"{size} images a step of {flops / 1e9:.1f} GFLOP each; a matrix product does "
+        f"{most / 1e12:.3g} TFLOP/s; the run takes {days:.3g} days on {world_size()} processes")
+    log(json.dumps(rates))
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1083,6 +1271,7 @@ def setup_device(config):
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if world_size() > 1 and not dist.is_initialized():
         # gradients go over nccl, the few numbers that the host needs over gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -1103,9 +1292,9 @@ def setup_device(config):
 # Options that may change on resume: they do not change what a run learns, except that micro_batch
 # changes the draws of stochastic depth and the statistics of batch norm.
 MAY_CHANGE_ON_RESUME = (
-    "data", "out", "device", "num_workers", "micro_batch", "compile", "resume", "log_every",
-    "eval_every", "save_every", "tensorboard", "skip_bad_images", "query", "dry_run", "processes",
-    "images_per_s", "runs",
+    "data", "out", "device", "num_workers", "micro_batch", "compile", "checkpointing", "resume",
+    "log_every", "eval_every", "save_every", "tensorboard", "skip_bad_images", "query", "bench",
+    "token_cache", "dry_run", "processes", "images_per_s", "runs",
 )
 
 
@@ -1192,11 +1381,12 @@ def prepare(objective, images, config, device, dtype, layer_decay=1.0):
         start = state["step"]
     size = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     log(f"{size:,} parameters to train")
-    if config.compile:
-        for module in objective.modules():
-            if isinstance(module, Block):
-                module.attn.compile()
-                module.mlp.compile()
+    for module in objective.modules():
+        if isinstance(module, ViT):
+            module.checkpointing = config.checkpointing
+        if isinstance(module, Block) and config.compile:
+            module.static_shapes = True
+            module.compile()
     model = objective
     if world_size() > 1:
         model = DistributedDataParallel(objective, broadcast_buffers=False)
