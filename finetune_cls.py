@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
@@ -553,7 +553,6 @@ def probed_layers(config, arch):
 
 def probe(config):
     """--task=probe: train the classifiers, and print the accuracy of each."""
-    check(config)
     for name, plain in PLAIN.items():
         if getattr(config, name) != plain:
             raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
@@ -731,19 +730,16 @@ def write_predictions(out, images, classes, found):
     log(f"wrote {path}")
 
 
-def contact_sheet(shown, most=64, columns=8, side=128, caption=16):
-    """A picture of some of the images in [(path, text below it)], evenly taken."""
-    indices = np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int)
-    rows = max(1, math.ceil(len(indices) / columns))
-    picture = Image.new("RGB", (columns * side, rows * (side + caption)), "white")
-    draw = ImageDraw.Draw(picture)
-    for number, index in enumerate(indices):
+def contact_sheet(shown):
+    """A picture of up to 64 of the images in [(path, text below it)], evenly taken."""
+    tiles = []
+    for index in np.linspace(0, len(shown) - 1, min(64, len(shown))).astype(int):
         path, text = shown[index]
-        x = 2 + number % columns * side
-        y = 2 + number // columns * (side + caption)
-        picture.paste(ImageOps.contain(read_image(path), (side - 4, side - 4)), (x, y))
-        draw.text((x, y + side - 2), text[:20], fill="black")
-    return picture
+        tile = ImageOps.pad(read_image(path), (124, 124), color="white")
+        tile = ImageOps.expand(tile, (2, 2, 2, 18), "white")
+        ImageDraw.Draw(tile).text((2, 126), text[:20], fill="black")
+        tiles.append(v2.functional.pil_to_tensor(tile))
+    return v2.functional.to_pil_image(make_grid(tiles, padding=0, pad_value=255))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -797,12 +793,10 @@ def attention(config):
         panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
         corner = torch.tensor([column * patch, row * patch])
         box = torch.cat([corner, corner + patch - 1])[None]
-        columns = {}
-        for number, panel in enumerate(panels):
-            title = f"head {number - 1}" if number else "query"
-            columns[title] = draw_bounding_boxes(panel, box, colors="red")[None]
+        framed = [draw_bounding_boxes(panel, box, colors="red")[None] for panel in panels]
+        titles = ["query"] + [f"head {number}" for number in range(len(heat))]
         path = os.path.join(config.out, f"attention_{images.stem(index)}.png")
-        save_columns(path, columns)
+        save_columns(path, dict(zip(titles, framed, strict=True)))
         log("wrote", path)
 
 
