@@ -381,12 +381,10 @@ def open_labelled(config, classes=None):
 def open_classes(where, classes=None, without=()):
     """The images of where/CLASS/, less those of the paths in `without`. Labels number `classes`,
     or else the folders in the order of their names."""
-    if not os.path.isdir(where):
-        raise BadInput(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/, or "
-                       f"CLASS/, or is one of {', '.join(DATASETS)}")
     images = folder_images(where, without)
     if not len(images):
-        raise BadInput(f"{where}: there are no images; it should hold a folder per class")
+        raise BadInput(f"{where}: no such folder, or no images in it; --data holds train/CLASS/ "
+                       f"and val/CLASS/, or CLASS/, or is one of {', '.join(DATASETS)}")
     names = {}  # of the classes, by path
     for path in images.keys:
         names[path], _, rest = os.path.relpath(path, where).partition(os.sep)
@@ -651,7 +649,8 @@ def confusion_table(matrix, classes):
     shares = 100 * matrix / totals.clip(min=1)[:, None]
     wrong = matrix - np.diag(matrix.diagonal())
     width = max(map(len, classes))
-    if len(classes) > 50:
+    many = len(classes) > 50
+    if many:
         lines = [f"{'class':{width}}  taken for"]
         largest = np.argsort(-wrong, axis=None, kind="stable")[:20]
         pairs = zip(*np.unravel_index(largest, wrong.shape))
@@ -660,7 +659,7 @@ def confusion_table(matrix, classes):
         pairs = enumerate(wrong.argmax(axis=1))
     for true, found in pairs:
         line = f"{classes[true]:{width}}"
-        if len(classes) <= 50:
+        if not many:
             line += f"  {totals[true]:>6}  {shares[true, true]:5.1f}%"
         if wrong[true, found]:
             line += f"  {classes[found]} ({shares[true, found]:.1f}%)"
@@ -787,8 +786,8 @@ def attention(config):
         image = v2.functional.pil_to_tensor(picture)[None]
         probs = model.attention_probs(normalise(image.to(device), config.norm)).cpu()
         heat = probs[0, :, 1 + row * width + column, 1:]  # from that patch to all: (heads, N)
-        heat = heat.view(-1, 1, height, width)
-        heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=image.shape[2:])
+        heat = heat / heat.amax(dim=1, keepdim=True)
+        heat = F.interpolate(heat.view(-1, 1, height, width), scale_factor=patch)
         image = image / 255
         panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
         corner = torch.tensor([column * patch, row * patch])

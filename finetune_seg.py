@@ -315,10 +315,7 @@ def sliding_window(network, image, window, stride, batch=16):
     overlap, logits are averaged. An image smaller than the window is padded for it."""
     height, width = image.shape[2:]
     padded = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
-    starts = [
-        [min(k * stride, length - window) for k in range(math.ceil((length - window) / stride) + 1)]
-        for length in padded.shape[2:]
-    ]
+    starts = [[*range(0, side - window, stride), side - window] for side in padded.shape[2:]]
     places = list(itertools.product(*starts))
     crops = torch.stack([padded[0, :, y : y + window, x : x + window] for y, x in places])
     logits = torch.cat([network(part).float() for part in crops.split(batch)])
@@ -379,19 +376,17 @@ def open_segmented(config):
 
 def open_folder(data, part, without=()):
     """The images of one part of a folder in ADE20K's layout, with the label maps of their names."""
-    folders = [os.path.join(data, kind, part) for kind in ("images", "annotations")]
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise BadInput(f"{folder}: no such folder; --data holds images/ and annotations/, "
-                           "each with training/ and validation/")
-    images = folder_images(folders[0], without)
+    folder = os.path.join(data, "images", part)
+    maps_folder = os.path.join(data, "annotations", part)
+    images = folder_images(folder, without)
     if not len(images):
-        raise BadInput(f"{folders[0]}: there are no images")
-    by_stem = {stem(path, folders[1]): path for path in folder_images(folders[1]).keys}
-    label_maps = {path: by_stem.get(stem(path, folders[0])) for path in images.keys}
+        raise BadInput(f"{folder}: no such folder, or no images in it; --data holds images/ and "
+                       "annotations/, each with training/ and validation/")
+    by_stem = {stem(path, maps_folder): path for path in folder_images(maps_folder).keys}
+    label_maps = {path: by_stem.get(stem(path, folder)) for path in images.keys}
     for path, label_map in label_maps.items():
         if label_map is None:
-            raise BadInput(f"{path}: has no label map of its name in {folders[1]}")
+            raise BadInput(f"{path}: has no label map of its name in {maps_folder}")
     return replace(images, read_label_map=functools.partial(read_label_map, label_maps))
 
 
@@ -473,8 +468,7 @@ def count_labels(images, config):
         found = images.load(index, config.skip_bad_images)[1]
         labels = images.read_label_map(images.keys[found])
         classes_of(labels, config, images.name(found))  # raises BadInput if they are none
-        values, counts = np.unique(labels, return_counts=True)
-        pixels.update(dict(zip(values.tolist(), counts.tolist())))
+        pixels.update(labels.flatten().tolist())
     learnt = numbers & pixels.keys()
     share = 100 / pixels.total()
     ignored = 100 - share * sum(pixels[label] for label in learnt)
@@ -533,12 +527,10 @@ class LabelMapViews(Dataset):
                 break
         part, part_labels = v2.RandomHorizontalFlip()(part, part_labels)
         if config.distort:
-            for name, strength in DISTORTIONS.items():
+            ranges = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # mmseg's
+            for name, strength in ranges.items():
                 part = v2.RandomApply([v2.ColorJitter(**{name: strength})], p=0.5)(part)
         return normalise(part[None], config.norm)[0], part_labels.as_subclass(torch.Tensor)
-
-
-DISTORTIONS = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # mmseg's ranges
 
 
 def held_out_view(image, config):
