@@ -36,6 +36,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
@@ -43,7 +44,9 @@ from masking import (
     local_shard, make_loader, micro_batches, named_images, normalise, open_pictures, patch_grid,
     rank, read_image, world_size,
 )
-from model import Classifier, LinearProbes, ViT, load_weights, read_network, write_atomically
+from model import (
+    Classifier, LinearProbes, ViT, load_weights, optional, read_network, write_atomically,
+)
 from pretrain import (
     RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
     local_rank0_first, log, no_progress_bar, parse_args, prepare, read_metrics, run, run_length,
@@ -222,7 +225,6 @@ class Classification(nn.Module):
 
 def train(config, objective_class=Classification):
     """One run, from its checkpoint if there is one. Returns whether it is done."""
-    check(config)
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_labelled, config)
     steps, steps_per_epoch, warmup = run_length(config, len(train_images))
@@ -309,7 +311,6 @@ def evaluate(objective, dataset, config, device, dtype):
 
 def evaluate_weights(config):
     """--task=eval: the metrics of a fine-tuned network, and what it confuses."""
-    check(config)
     device, dtype = setup_device(config)
     classes = read_network(config.weights)[2].get("classes")
     val_images = local_rank0_first(open_labelled, config, classes)[1]
@@ -340,6 +341,7 @@ def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
     if config.runs and config.task != "curves":
         raise BadInput(f"{config.runs[0]}: is no option; those are --NAME=VALUE")
+    check(config)
     return TASKS[config.task](config)
 
 
@@ -352,53 +354,49 @@ def open_labelled(config, classes=None):
     """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder
     with train/CLASS/ and val/CLASS/, or with CLASS/, where a tenth is held out. The labels of a
     folder number `classes`, or else its classes. --task=eval needs no train/."""
-    parts = {part: os.path.join(config.data, part) for part in ("train", "val")}
+    train_folder = os.path.join(config.data, "train")
+    val_folder = os.path.join(config.data, "val")
     if named := named_images(config.data, config.image_size):
-        train_images, val_images = named
-    elif any(map(os.path.isdir, parts.values())):
-        train_images = val_images = open_classes(parts["val"], classes)
+        train, val = named
+    elif os.path.isdir(train_folder) or os.path.isdir(val_folder):
+        train = val = open_classes(val_folder, classes)
         if config.task != "eval":
-            train_images = open_classes(parts["train"], classes, without=val_images.keys)
+            train = open_classes(train_folder, classes, without=val.keys)
     else:
         images = open_classes(config.data, classes)
-        val_images, train_images = images.split(max(1, len(images) // 10))
-    if not train_images.read_label or not val_images.read_label:
+        val, train = images.split(max(1, len(images) // 10))
+    if not train.read_label or not val.read_label:
         raise BadInput(f"--data={config.data}: has no labels")
-    classes = train_images.classes
-    others = val_images.classes
-    if classes != others:
-        odd = sorted(set(classes) ^ set(others))
-        raise BadInput(f"--data={config.data}: {len(classes)} classes in train/, {len(others)} in "
-                       f"val/; {odd[0]} is in one only")
-    if len(val_images) < world_size():
-        raise BadInput(f"--data={config.data}: {len(val_images)} held-out images are too few")
+    if odd := set(train.classes) ^ set(val.classes):
+        raise BadInput(f"--data={config.data}: {len(train.classes)} classes in train/, "
+                       f"{len(val.classes)} in val/; {min(odd)} is in one only")
+    if len(val) < world_size():
+        raise BadInput(f"--data={config.data}: {len(val)} held-out images are too few")
     if config.labels_per_class:
-        labels = np.array([train_images.read_label(key) for key in train_images.keys])
-        kept = few_of_each(labels, config.labels_per_class, config.seed)
-        train_images = train_images.subset(kept)
-    return train_images, val_images
+        labels = np.array([train.read_label(key) for key in train.keys])
+        train = train.subset(few_of_each(labels, config.labels_per_class, config.seed))
+    return train, val
 
 
 def open_classes(where, classes=None, without=()):
     """The images of where/CLASS/, less those of the paths in `without`. Labels number `classes`,
     or else the folders in the order of their names."""
-    if not os.path.isdir(where):
-        raise BadInput(f"{where}: no such folder; --data holds train/CLASS/ and val/CLASS/, or "
-                       f"CLASS/, or is one of {', '.join(DATASETS)}")
     images = folder_images(where, without)
-    names = {}
+    if not len(images):
+        raise BadInput(f"{where}: no such folder, or no images in it; --data holds train/CLASS/ "
+                       f"and val/CLASS/, or CLASS/, or is one of {', '.join(DATASETS)}")
+    names = {}  # of the classes, by path
     for path in images.keys:
         names[path], _, rest = os.path.relpath(path, where).partition(os.sep)
         if not rest:
             raise BadInput(f"{path}: is in no class; {where} should hold a folder per class")
-    if not names:
-        raise BadInput(f"{where}: there are no images; it should hold a folder per class")
-    classes = classes or sorted(set(names.values()))
-    for name in names.values():
-        if name not in classes:
+    found = sorted(set(names.values()))
+    classes = classes or found
+    numbers = {name: number for number, name in enumerate(classes)}
+    for name in found:
+        if name not in numbers:
             raise BadInput(f"{where}/{name}: is none of the classes that --weights was trained on: "
                            f"{', '.join(classes[:10])}")
-    numbers = {name: number for number, name in enumerate(classes)}
     labels = {path: numbers[name] for path, name in names.items()}
     return replace(images, classes=classes, read_label=labels.__getitem__)
 
@@ -481,16 +479,10 @@ def to_device(batch, device):
 def mix(batch, config, num_classes, seed):
     """Mixup or cutmix of each image with the one before it, drawn by the seed; labels become soft,
     (B, classes)."""
-    kinds = []
-    if config.mixup:
-        kinds.append(v2.MixUp(alpha=config.mixup, num_classes=num_classes))
-    if config.cutmix:
-        kinds.append(v2.CutMix(alpha=config.cutmix, num_classes=num_classes))
-    if not kinds:
-        return batch
+    alphas = {v2.MixUp: config.mixup, v2.CutMix: config.cutmix}
+    kinds = [kind(alpha=a, num_classes=num_classes) for kind, a in alphas.items() if a]
     torch.manual_seed(seed)
-    images, labels = v2.RandomChoice(kinds)(batch["images"], batch["labels"])
-    return {"images": images, "labels": labels}
+    return v2.RandomChoice(kinds)(batch) if kinds else batch
 
 
 # ---- sharpness-aware minimisation ----------------------------------------------------------------
@@ -536,14 +528,13 @@ class LinearProbing(Classification):
         return LinearProbes(arch, num_classes, probed_layers(config, arch))
 
     def forward(self, batch, denominators):
-        outputs = self.model(batch["images"]).float()  # (layers, B, classes)
-        losses = [F.cross_entropy(logits, batch["labels"]) for logits in outputs]
-        return torch.stack(losses).mean() * (outputs.shape[1] / denominators[0])
+        logits = self.model(batch["images"]).float()  # (layers, B, classes)
+        labels = batch["labels"].repeat(len(logits))  # (layers * B,)
+        loss = F.cross_entropy(logits.flatten(0, 1), labels)
+        return loss * (logits.shape[1] / denominators[0])
 
-    def eval_sums(self, batch):
-        outputs = self.model(batch["images"]).float()
-        scores = [self.score(logits, batch["labels"]) for logits in outputs]
-        return {name: torch.stack([score[name] for score in scores]) for name in scores[0]}
+    def score(self, logits, labels):
+        return torch.vmap(super().score, (0, None))(logits, labels)  # sums of (layers,)
 
     def finish(self, sums, denominators):
         means = super().finish(sums, denominators)
@@ -560,7 +551,6 @@ def probed_layers(config, arch):
 
 def probe(config):
     """--task=probe: train the classifiers, and print the accuracy of each."""
-    check(config)
     for name, plain in PLAIN.items():
         if getattr(config, name) != plain:
             raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
@@ -584,7 +574,6 @@ def print_table(metrics):
 def knn(config):
     """--task=knn: accuracy of a vote of the nearest training images, by their mean patch features:
     it needs no training, so that one can watch a pre-training improve."""
-    check(config)
     if world_size() > 1:
         raise BadInput("--task=knn runs in one process: start it without torchrun")
     device, dtype = setup_device(config)
@@ -644,39 +633,36 @@ def confusion(truth, predicted, classes):
 class Evaluation(Classification):
     """Classification that also counts what each class is taken for, in `confusion`."""
 
-    def eval_sums(self, batch):
-        logits = self.model(batch["images"]).float()
-        matrix = confusion(batch["labels"], logits.argmax(dim=1), logits.shape[1])
-        return {**self.score(logits, batch["labels"]), "confusion": matrix}
+    def score(self, logits, labels):
+        matrix = confusion(labels, logits.argmax(dim=1), len(self.classes))
+        return {**super().score(logits, labels), "confusion": matrix}
 
     def finish(self, sums, denominators):
-        self.confusion = sums["confusion"].reshape(len(self.classes), -1).astype(int)
-        scores = {name: value for name, value in sums.items() if name != "confusion"}
-        return super().finish(scores, denominators)
+        self.confusion = sums.pop("confusion").reshape(len(self.classes), -1).astype(int)
+        return super().finish(sums, denominators)
 
 
 def confusion_table(matrix, classes):
     """The accuracy of up to 50 classes and what each is mostly taken for, or the 20 pairs that are
     confused most; `matrix` as in `confusion`."""
-    totals = matrix.sum(axis=1).clip(min=1)
-    wrong = matrix * (1 - np.eye(len(classes), dtype=int))
-    shares = 100 * wrong / totals[:, None]
+    totals = matrix.sum(axis=1)
+    shares = 100 * matrix / totals.clip(min=1)[:, None]
+    wrong = matrix - np.diag(matrix.diagonal())
     width = max(map(len, classes))
-    if len(classes) > 50:
+    many = len(classes) > 50
+    if many:
         lines = [f"{'class':{width}}  taken for"]
-        for place in np.argsort(-wrong, axis=None, kind="stable")[:20]:
-            true, found = np.unravel_index(place, wrong.shape)
-            lines.append(f"{classes[true]:{width}}  {classes[found]} ({shares[true, found]:.1f}%)")
-        return "\n".join(lines)
-    lines = [f"{'class':{width}}  images  top-1   mostly taken for"]
-    for number, name in enumerate(classes):
-        count = matrix[number].sum()
-        line = f"{name:{width}}  {count:>6}"
-        if count:
-            line += f"  {100 * matrix[number, number] / count:5.1f}%"
-        if wrong[number].any():
-            other = wrong[number].argmax()
-            line += f"  {classes[other]} ({shares[number, other]:.1f}%)"
+        largest = np.argsort(-wrong, axis=None, kind="stable")[:20]
+        pairs = zip(*np.unravel_index(largest, wrong.shape))
+    else:
+        lines = [f"{'class':{width}}  images  top-1   mostly taken for"]
+        pairs = enumerate(wrong.argmax(axis=1))
+    for true, found in pairs:
+        line = f"{classes[true]:{width}}"
+        if not many:
+            line += f"  {totals[true]:>6}  {shares[true, true]:5.1f}%"
+        if wrong[true, found]:
+            line += f"  {classes[found]} ({shares[true, found]:.1f}%)"
         lines.append(line)
     return "\n".join(lines)
 
@@ -686,82 +672,73 @@ def predict(config):
     """OUT/predictions.csv: the five likeliest classes of each image in the folder --data, and
     OUT/predictions.png, a contact sheet. The network, and how it wants to see images, are read from
     --weights."""
-    check(config)
     device, dtype = setup_device(config)
-    if not os.path.isdir(config.data) or not len(images := folder_images(config.data)):
+    images = folder_images(config.data)
+    if not len(images):
         raise BadInput(f"--data={config.data}: no folder with images to classify")
     state, arch, known = read_network(config.weights)
     if "head.weight" not in state:
         raise BadInput(f"--weights={config.weights}: holds no classifier; fine-tune it first")
-    names = known.get("classes") or [str(number) for number in range(len(state["head.weight"]))]
+    classes = known.get("classes") or [str(n) for n in range(len(state["head.weight"]))]
     trained = known.get("config", {})
-    config = replace(
-        config,
-        image_size=arch.image_size,
-        norm=trained.get("norm", config.norm),
-        eval_crop=trained.get("eval_crop", config.eval_crop),
-        skip_bad_images=True,
-    )
-    model = Classifier(arch, len(names))
+    seen_as = {name: trained[name] for name in ("norm", "eval_crop") if name in trained}
+    config = replace(config, image_size=arch.image_size, skip_bad_images=True, **seen_as)
+    model = Classifier(arch, len(classes))
     log(load_weights(model, config.weights, head=True))
     model.to(device).eval()
 
     dataset = LabelledViews(images, config, train=False)
     keys = batches_of_all(len(dataset), config.micro_batch)
     loader = make_loader(dataset, keys, config.num_workers, device)
-    count = min(5, len(names))
-    found = np.zeros((len(dataset), 2 * count))  # classes, and their probabilities
+    found = np.zeros((len(dataset), min(5, len(classes)), 2))  # (class, its probability)
     for part, batch in zip(keys, tqdm(loader, "predicting", disable=no_progress_bar())):
         with autocast(device, dtype):
             logits = model(batch["images"].to(device))
-        top = logits.float().softmax(dim=1).topk(count)
-        rows = torch.cat([top.indices, top.values], dim=1).cpu().numpy()
-        rows[batch["skipped"].numpy()] = 0  # it showed the next image
+        top = logits.float().softmax(dim=1).topk(found.shape[1])
+        rows = torch.stack([top.indices, top.values], dim=2).cpu()
+        rows[batch["skipped"]] = 0  # it showed the next image
         found[[index for _, index in part]] = rows
     found = np.reshape(all_reduce_sum(*found.flatten().tolist()), found.shape)
     if rank() == 0:
-        write_predictions(config.out, images, names, found)
+        write_predictions(config.out, images, classes, found)
 
 
-def write_predictions(out, images, names, found):
-    """`found` are (images, 2 * k): the k likeliest classes and their probabilities, or zeros for an
-    unreadable image."""
-    count = found.shape[1] // 2
+def write_predictions(out, images, classes, found):
+    """`found` are (images, k, 2): the k likeliest classes, each with its probability, or zeros for
+    an unreadable image."""
     table = [["file"]]
-    for place in range(1, count + 1):
+    for place in range(1, found.shape[1] + 1):
         table[0] += [f"class_{place}", f"probability_{place}"]
     shown = []  # (path, caption)
-    for path, row in zip(images.keys, found):
-        if not row.any():
+    for path, pairs in zip(images.keys, found):
+        if not pairs.any():
             log(f"{path}: skipped, it cannot be read as an image")
             continue
-        table.append([os.path.relpath(path, images.source)])
-        for number, probability in zip(row[:count], row[count:]):
-            table[-1] += [names[int(number)], f"{probability:.4f}"]
-        shown.append((path, f"{100 * row[count]:.0f}% {names[int(row[0])]}"))
+        row = [os.path.relpath(path, images.source)]
+        for number, probability in pairs:
+            row += [classes[int(number)], f"{probability:.4f}"]
+        table.append(row)
+        shown.append((path, f"{100 * pairs[0, 1]:.0f}% {row[1]}"))
     text = io.StringIO()
     csv.writer(text).writerows(table)
     path = os.path.join(out, "predictions.csv")
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
     log(f"wrote {path}: {len(shown):,} images")
     path = os.path.join(out, "predictions.png")
-    picture = contact_sheet(shown)
-    write_atomically(path, lambda file: picture.save(file, "PNG"))
+    write_atomically(path, functools.partial(contact_sheet(shown).save, format="PNG"))
     log(f"wrote {path}")
 
 
-def contact_sheet(shown, most=64, columns=8, side=128, caption=16):
-    """A picture of some of the images in [(path, text below it)], evenly taken."""
-    indices = np.linspace(0, len(shown) - 1, min(most, len(shown))).astype(int)
-    rows = max(1, math.ceil(len(indices) / columns))
-    picture = Image.new("RGB", (columns * side, rows * (side + caption)), "white")
-    for number, index in enumerate(indices):
+def contact_sheet(shown):
+    """A picture of up to 64 of the images in [(path, text below it)], evenly taken."""
+    tiles = []
+    for index in np.linspace(0, len(shown) - 1, min(64, len(shown))).astype(int):
         path, text = shown[index]
-        row, column = divmod(number, columns)
-        place = (column * side + 2, row * (side + caption) + 2)
-        picture.paste(ImageOps.contain(read_image(path), (side - 4, side - 4)), place)
-        ImageDraw.Draw(picture).text((place[0], place[1] + side - 2), text[:20], fill="black")
-    return picture
+        tile = ImageOps.pad(read_image(path), (124, 124), color="white")
+        tile = ImageOps.expand(tile, (2, 2, 2, 18), "white")
+        ImageDraw.Draw(tile).text((2, 126), text[:20], fill="black")
+        tiles.append(v2.functional.pil_to_tensor(tile))
+    return v2.functional.to_pil_image(make_grid(tiles, padding=0, pad_value=255))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -769,16 +746,10 @@ def contact_sheet(shown, most=64, columns=8, side=128, caption=16):
 
 def curves(config):
     """OUT/curves.png: held-out accuracy against the epoch, a line per run."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise BadInput("--task=curves: first pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     if not config.runs:
         raise BadInput("--task=curves: name the folders of the runs behind it")
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = optional("matplotlib.figure", "--task=curves").Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
     for folder in config.runs:
         try:
             records = read_metrics(os.path.join(folder, "metrics.jsonl"))
@@ -800,34 +771,31 @@ def curves(config):
 def attention(config):
     """OUT/attention_NAME.png for a picture, or some of a folder or data set, at its own aspect:
     what each head of the last block looks at from one patch, framed in red (section 3.4)."""
-    check(config)
     device, _ = setup_device(config)
     arch = read_network(config.weights)[1]
     model = ViT(arch).to(device).eval()
     log(load_weights(model, config.weights))
     patch = arch.patch_size
-    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1)
     glow = torch.tensor([1.0, 0.8, 0.2]).view(3, 1, 1)
     images = local_rank0_first(open_pictures, config.data, arch.image_size)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
         height, width = patch_grid(picture.size, arch.image_size, patch)
         row, column = query_patch(config.query, height, width)
-        view = v2.Compose([v2.Resize((height * patch, width * patch), BICUBIC), v2.PILToTensor()])
-        image = view(picture)[None]
+        picture = picture.resize((width * patch, height * patch), Image.BICUBIC)
+        image = v2.functional.pil_to_tensor(picture)[None]
         probs = model.attention_probs(normalise(image.to(device), config.norm)).cpu()
         heat = probs[0, :, 1 + row * width + column, 1:]  # from that patch to all: (heads, N)
-        heat = heat.view(-1, 1, height, width)
-        heat = F.interpolate(heat / heat.amax(dim=(2, 3), keepdim=True), size=image.shape[2:])
+        heat = heat / heat.amax(dim=1, keepdim=True)
+        heat = F.interpolate(heat.view(-1, 1, height, width), scale_factor=patch)
         image = image / 255
         panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
-        framed = panels[:, :, row * patch :, column * patch :][:, :, :patch, :patch]
-        for edge in (0, -1):
-            framed[:, :, edge] = red
-            framed[:, :, :, edge] = red
+        corner = torch.tensor([column * patch, row * patch])
+        box = torch.cat([corner, corner + patch - 1])[None]
+        framed = [draw_bounding_boxes(panel, box, colors="red")[None] for panel in panels]
         titles = ["query"] + [f"head {number}" for number in range(len(heat))]
         path = os.path.join(config.out, f"attention_{images.stem(index)}.png")
-        save_columns(path, dict(zip(titles, panels.unsqueeze(1), strict=True)))
+        save_columns(path, dict(zip(titles, framed, strict=True)))
         log("wrote", path)
 
 

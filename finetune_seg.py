@@ -19,10 +19,11 @@ pictures follow. The command line, checkpoints and logs are pretrain.py's.
 
 import colorsys
 import functools
+import itertools
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ from tqdm import tqdm
 
 from finetune_cls import confusion, to_device
 from masking import (
-    NORMS, BadInput, batch_of_step, batches_of_all, denormalise, derive_seed, folder_images,
-    local_shard, make_loader, micro_batches, named_images, permutation, rank, world_size,
+    BadInput, batch_of_step, batches_of_all, denormalise, derive_seed, folder_images, local_shard,
+    make_loader, micro_batches, named_images, normalise, permutation, rank, world_size,
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
@@ -47,6 +48,7 @@ from pretrain import (
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
+ORIENTATION = ExifTags.Base.Orientation  # how a photograph is turned, from 1 to 8
 
 # ---- options; the comment behind a field is its text in --help -----------------------------------
 
@@ -137,8 +139,6 @@ class Segmentation(nn.Module):
         self.aux_weight = config.aux_weight
         if config.weights != "none":
             log(load_weights(self.model, config.weights, head=config.task != "train"))
-        elif config.task != "train":
-            raise BadInput(f"--task={config.task}: give --weights=FILE, a checkpoint.pt")
 
     def denominators(self, batch):
         return [int((batch["labels"] != IGNORE).sum())]
@@ -157,7 +157,6 @@ class Segmentation(nn.Module):
 
 def train(config):
     """One run, from its checkpoint if there is one. Returns whether it is done."""
-    check(config)
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_segmented, config)
     steps, steps_per_epoch, warmup = run_length(config, len(train_images))
@@ -222,7 +221,7 @@ def train(config):
             objective.train()
         logger.write(record)
         if logger.done == steps:
-            log("\n".join(table))
+            log(table)
         if to_save:
             save(logger.done)
     return logger.close(save)
@@ -230,13 +229,12 @@ def train(config):
 
 @torch.no_grad()
 def evaluate(objective, dataset, config, device, dtype):
-    """(metrics over all held-out images, each counted once, as val_*; lines of a table)."""
+    """(metrics over all held-out images, each counted once, as val_*; a table of the classes)."""
     classes = config.num_classes
     keys = batches_of_all(len(dataset), 1)  # one by one: sizes differ
     loader = make_loader(dataset, keys, config.num_workers, device)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    bar = tqdm(loader, "evaluating", len(keys), disable=no_progress_bar(), leave=False)
-    for batch in bar:
+    for batch in tqdm(loader, "evaluating", len(keys), disable=no_progress_bar(), leave=False):
         image = batch["images"].to(device)
         labels = batch["labels"].to(device)
         predicted = predict_labels(objective.model, image, labels.shape[1:], config, dtype)
@@ -246,7 +244,7 @@ def evaluate(objective, dataset, config, device, dtype):
     table = ["label     IoU  accuracy"]
     for row in zip(class_labels(config), 100 * iou, 100 * accuracy):
         table.append("{:>5}  {:5.1f}%    {:5.1f}%".format(*row))
-    return {f"val_{name}": float(value) for name, value in means.items()}, table
+    return {f"val_{name}": float(value) for name, value in means.items()}, "\n".join(table)
 
 
 def predict_labels(model, image, size, config, dtype):
@@ -269,20 +267,20 @@ def predict_labels(model, image, size, config, dtype):
 
 def evaluate_weights(config):
     """--task=eval: the scores of --weights on the held-out images."""
-    check(config)
     device, dtype = setup_device(config)
     val_images = local_rank0_first(open_segmented, config)[1]
     count_labels(val_images, config)
     objective = Segmentation(config).to(device).eval()
     dataset = LabelMapViews(val_images, config, train=False)
     record, table = evaluate(objective, dataset, config, device, dtype)
-    log("\n".join(table))
+    log(table)
     log(f"{len(dataset):,} images", *(f"{name} {value:.6g}" for name, value in record.items()))
     return record
 
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
+    check(config)
     return TASKS[config.task](config)
 
 
@@ -293,6 +291,8 @@ def main(argv=None):
 
 def check(config):
     """Raise BadInput for values that would leave pixels out, wait for ever, or fail late."""
+    if config.weights == "none" and config.task != "train":
+        raise BadInput(f"--task={config.task}: give --weights=FILE, a checkpoint.pt")
     parse_scales(config)
     class_labels(config)
     check_range(config, 0, math.inf, "aux_weight")
@@ -315,21 +315,15 @@ def sliding_window(network, image, window, stride, batch=16):
     overlap, logits are averaged. An image smaller than the window is padded for it."""
     height, width = image.shape[2:]
     padded = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
-    starts = [
-        [min(k * stride, length - window) for k in range(math.ceil((length - window) / stride) + 1)]
-        for length in padded.shape[2:]
-    ]
-    places = [(y, x) for y in starts[0] for x in starts[1]]
-    total = 0
-    count = torch.zeros(padded.shape[2:], device=image.device)
-    for first in range(0, len(places), batch):
-        some = places[first : first + batch]
-        crops = [padded[0, :, y : y + window, x : x + window] for y, x in some]
-        for (y, x), logits in zip(some, network(torch.stack(crops)).float(), strict=True):
-            if not torch.is_tensor(total):
-                total = logits.new_zeros(1, len(logits), *padded.shape[2:])
-            total[0, :, y : y + window, x : x + window] += logits
-            count[y : y + window, x : x + window] += 1
+    starts = [[*range(0, side - window, stride), side - window] for side in padded.shape[2:]]
+    places = list(itertools.product(*starts))
+    crops = torch.stack([padded[0, :, y : y + window, x : x + window] for y, x in places])
+    logits = torch.cat([network(part).float() for part in crops.split(batch)])
+    total = logits.new_zeros(1, logits.shape[1], *padded.shape[2:])
+    count = torch.zeros_like(total[0, 0])
+    for (y, x), part in zip(places, logits, strict=True):
+        total[0, :, y : y + window, x : x + window] += part
+        count[y : y + window, x : x + window] += 1
     return (total / count)[:, :, :height, :width]
 
 
@@ -350,15 +344,18 @@ def scores(matrix):
     matrix = np.asarray(matrix, dtype=np.float64)
     correct = matrix.diagonal()
     truth = matrix.sum(axis=1)
-    union = truth + matrix.sum(axis=0) - correct
-    iou = np.divide(correct, union, out=np.full(len(correct), np.nan), where=union > 0)
-    accuracy = np.divide(correct, truth, out=np.full(len(correct), np.nan), where=truth > 0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        iou = correct / (truth + matrix.sum(axis=0) - correct)
+        accuracy = correct / truth
     pixels = truth.sum()
     if pixels == 0:
         return dict(miou=0.0, mean_accuracy=0.0, pixel_accuracy=0.0), iou, accuracy
-    means = dict(miou=np.nanmean(iou), mean_accuracy=np.nanmean(accuracy))
-    means["pixel_accuracy"] = correct.sum() / pixels
-    means["baseline_miou"] = truth.max() / pixels / (truth > 0).sum()
+    means = {
+        "miou": np.nanmean(iou),
+        "mean_accuracy": np.nanmean(accuracy),
+        "pixel_accuracy": correct.sum() / pixels,
+        "baseline_miou": truth.max() / pixels / (truth > 0).sum(),
+    }
     return means, iou, accuracy
 
 
@@ -379,23 +376,18 @@ def open_segmented(config):
 
 def open_folder(data, part, without=()):
     """The images of one part of a folder in ADE20K's layout, with the label maps of their names."""
-    folders = [os.path.join(data, kind, part) for kind in ("images", "annotations")]
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise BadInput(f"{folder}: no such folder; --data holds images/ and annotations/, "
-                           "each with training/ and validation/")
-    images = folder_images(folders[0], without)
-    maps = folder_images(folders[1])
+    folder = os.path.join(data, "images", part)
+    maps_folder = os.path.join(data, "annotations", part)
+    images = folder_images(folder, without)
     if not len(images):
-        raise BadInput(f"{folders[0]}: there are no images")
-    by_stem = {stem(path, folders[1]): path for path in maps.keys}
-    label_maps = {}  # image -> label map
-    for path in images.keys:
-        label_maps[path] = by_stem.get(stem(path, folders[0]))
-        if label_maps[path] is None:
-            raise BadInput(f"{path}: has no label map of its name in {folders[1]}")
-    images.read_label_map = functools.partial(read_label_map, label_maps)
-    return images
+        raise BadInput(f"{folder}: no such folder, or no images in it; --data holds images/ and "
+                       "annotations/, each with training/ and validation/")
+    by_stem = {stem(path, maps_folder): path for path in folder_images(maps_folder).keys}
+    label_maps = {path: by_stem.get(stem(path, folder)) for path in images.keys}
+    for path, label_map in label_maps.items():
+        if label_map is None:
+            raise BadInput(f"{path}: has no label map of its name in {maps_folder}")
+    return replace(images, read_label_map=functools.partial(read_label_map, label_maps))
 
 
 def stem(path, folder):
@@ -408,12 +400,11 @@ def read_label_map(label_maps, path):
     labels = read_labels(label_maps[path])
     with Image.open(path) as image:
         width, height = image.size
-        if "exif" in image.info and width != height and labels.shape == (height, width):
-            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if turn >= 5:  # the quarter turns
-                stored = Image.fromarray(labels.astype(np.int32))
-                stored.getexif()[ExifTags.Base.Orientation] = turn
-                labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
+        turn = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
+    if turn >= 5 and width != height and labels.shape == (height, width):  # the quarter turns
+        stored = Image.fromarray(labels.astype(np.int32))
+        stored.getexif()[ORIENTATION] = turn
+        labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
     return labels
 
 
@@ -477,8 +468,7 @@ def count_labels(images, config):
         found = images.load(index, config.skip_bad_images)[1]
         labels = images.read_label_map(images.keys[found])
         classes_of(labels, config, images.name(found))  # raises BadInput if they are none
-        values, counts = np.unique(labels, return_counts=True)
-        pixels.update(dict(zip(values.tolist(), counts.tolist())))
+        pixels.update(labels.flatten().tolist())
     learnt = numbers & pixels.keys()
     share = 100 / pixels.total()
     ignored = 100 - share * sum(pixels[label] for label in learnt)
@@ -501,10 +491,6 @@ class LabelMapViews(Dataset):
         self.images = images
         self.config = config
         self.train = train
-        self.finish = v2.Compose([
-            v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
-            v2.Normalize(*NORMS[config.norm]),
-        ])
 
     def __len__(self):
         return len(self.images)
@@ -512,34 +498,27 @@ class LabelMapViews(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         image, found = self.images.load(index, self.config.skip_bad_images)
-        image = tv_tensors.Image(v2.functional.pil_to_tensor(image))
-        size = tuple(image.shape[1:])
-        labels = None
-        if self.images.read_label_map:  # there are none where labels are to be predicted
-            name = self.images.name(found)
-            labels = self.images.read_label_map(self.images.keys[found])
-            labels = classes_of(labels, self.config, name)
-            if labels.shape != size:
-                raise BadInput(f"{name}: its label map has {labels.shape[1]}x{labels.shape[0]} "
-                               f"pixels, the image {size[1]}x{size[0]}")
-            labels = tv_tensors.Mask(torch.from_numpy(labels))
+        name = self.images.name(found)
+        labels = self.images.read_label_map(self.images.keys[found])
+        labels = torch.from_numpy(classes_of(labels, self.config, name))
+        height, width = labels.shape
+        if image.size != (width, height):
+            raise BadInput(f"{name}: its label map has {width}x{height} pixels, the image "
+                           f"{image.width}x{image.height}")
         if self.train:
             torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
-            image, labels = self.finish(*self.augment(image, labels))
+            image, labels = self.augment(image, labels)
         else:
-            image = self.finish(v2.Resize(fit_size(size, self.config.image_size))(image))
-        sample = {"images": image.as_subclass(torch.Tensor), "skipped": found != index}
-        if labels is not None:
-            sample["labels"] = labels.as_subclass(torch.Tensor)
-        return sample
+            image = held_out_view(image, self.config)
+        return {"images": image, "labels": labels, "skipped": found != index}
 
     def augment(self, image, labels):
         """Table 14's training view: resize, crop, flip and distort an image and its labels."""
         config = self.config
         factor = torch.empty(()).uniform_(config.scale_min, config.scale_max).item()
-        resize = v2.Resize(fit_size(image.shape[1:], config.image_size, factor))
-        image, labels = resize(image, labels)
-        fill = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORE}
+        resize = v2.Resize(fit_size(labels.shape, config.image_size, factor))
+        image, labels = resize(v2.functional.pil_to_tensor(image), tv_tensors.Mask(labels))
+        fill = {tv_tensors.Mask: IGNORE, "others": 0}
         crop = v2.RandomCrop(config.image_size, pad_if_needed=True, fill=fill)
         for _ in range(10):
             part, part_labels = crop(image, labels)
@@ -548,12 +527,17 @@ class LabelMapViews(Dataset):
                 break
         part, part_labels = v2.RandomHorizontalFlip()(part, part_labels)
         if config.distort:
-            for name, strength in DISTORTIONS.items():
+            ranges = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # mmseg's
+            for name, strength in ranges.items():
                 part = v2.RandomApply([v2.ColorJitter(**{name: strength})], p=0.5)(part)
-        return part, part_labels
+        return normalise(part[None], config.norm)[0], part_labels.as_subclass(torch.Tensor)
 
 
-DISTORTIONS = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # mmseg's ranges
+def held_out_view(image, config):
+    """An image as an evaluation sees it, (3, H, W): its short side is image_size (table 14)."""
+    image = v2.functional.pil_to_tensor(image)
+    image = v2.functional.resize(image, fit_size(image.shape[1:], config.image_size))
+    return normalise(image[None], config.norm)[0]
 
 
 def fit_size(size, side, factor=1.0):
@@ -602,25 +586,23 @@ def draw_predictions(objective, dataset, config, device, dtype):
 def predict(config):
     """Write OUT/labels/NAME.png, the numbers that a label map would have, and OUT/overlay/NAME.png
     for each image in --data, at its own size."""
-    check(config)
     device, dtype = setup_device(config)
-    if not os.path.isdir(config.data) or not len(images := folder_images(config.data)):
+    images = folder_images(config.data)
+    if not len(images):
         raise BadInput(f"--data={config.data}: no folder with images to predict")
     model = Segmentation(config).to(device).eval().model
-    dataset = LabelMapViews(images, config, train=False)
     numbers = class_labels(config)
     colours = np.zeros((1 + max(255, *numbers), 3), np.uint8)
     colours[numbers] = palette(config.num_classes)
-    keys = batches_of_all(len(images), 1)
-    loader = make_loader(dataset, keys, config.num_workers, device)
-    bar = tqdm(loader, "predicting", len(keys), disable=no_progress_bar())
-    for [(_, index)], batch in zip(keys, bar, strict=True):
-        if batch["skipped"].any():
-            log(f"{images.keys[index]}: skipped, it cannot be read as an image")
+    shard = local_shard(range(len(images)))
+    for index in tqdm(shard, "predicting", disable=no_progress_bar()):
+        path = images.keys[index]
+        image, found = images.load(index, config.skip_bad_images)
+        if found != index:
+            log(f"{path}: skipped, it cannot be read as an image")
             continue
-        image = images.load(index)[0]
-        size = image.size[::-1]
-        labels = predict_labels(model, batch["images"].to(device), size, config, dtype)[0]
+        view = held_out_view(image, config)[None].to(device)
+        labels = predict_labels(model, view, image.size[::-1], config, dtype)[0]
         labels = numbers[labels.cpu().numpy()]
         if labels.max() < 256:
             picture = Image.fromarray(labels.astype(np.uint8))
@@ -628,7 +610,7 @@ def predict(config):
         else:
             picture = Image.fromarray(labels.astype(np.uint16))
         overlay = Image.blend(image, Image.fromarray(colours[labels]), 0.5)
-        name = os.path.splitext(os.path.relpath(images.keys[index], config.data))[0] + ".png"
+        name = stem(path, config.data) + ".png"
         for folder, drawn in (("labels", picture), ("overlay", overlay)):
             save_png = functools.partial(drawn.save, format="PNG")
             write_atomically(os.path.join(config.out, folder, name), save_png)
