@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -40,7 +40,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
-    DATASETS, NORMS, BadInput, batch_of_step, batches_of_all, derive_seed, folder_images,
+    BICUBIC, DATASETS, NORMS, BadInput, batch_of_step, batches_of_all, derive_seed, folder_images,
     local_shard, make_loader, micro_batches, named_images, normalise, open_pictures, patch_grid,
     rank, read_image, world_size,
 )
@@ -49,8 +49,8 @@ from model import (
 )
 from pretrain import (
     RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
-    local_rank0_first, log, no_progress_bar, parse_args, prepare, read_metrics, run, run_length,
-    save_columns, setup_device, vit_config,
+    local_rank0_first, log, measure_speed, no_progress_bar, parse_args, prepare, read_metrics, run,
+    run_length, save_columns, setup_device, vit_config,
 )
 
 # ---- options -------------------------------------------------------------------------------------
@@ -246,6 +246,8 @@ def train(config, objective_class=Classification):
                                          config.repeats))
                for step in range(start, steps))
     loader = make_loader(dataset, batches, config.num_workers, device)
+    val_batches = batches_of_all(len(val_dataset), config.micro_batch)
+    val_loader = make_loader(val_dataset, val_batches, config.num_workers, device)
     logger = Logger(config, train_images, start, steps, steps_per_epoch)
 
     for step, batch in enumerate(loader, start):
@@ -286,7 +288,7 @@ def train(config, objective_class=Classification):
         record = logger.read(lr)
         if to_evaluate:
             objective.eval()
-            record |= evaluate(objective, val_dataset, config, device, dtype)
+            record |= evaluate(objective, val_loader, device, dtype)
             objective.train()
         logger.write(record)
         if to_save:
@@ -295,17 +297,16 @@ def train(config, objective_class=Classification):
 
 
 @torch.no_grad()
-def evaluate(objective, dataset, config, device, dtype):
+def evaluate(objective, loader, device, dtype):
     """Means over the held-out images, each counted once whatever the number of processes: val_*."""
     sums = {}
-    keys = batches_of_all(len(dataset), config.micro_batch)
-    for batch in make_loader(dataset, keys, config.num_workers, device):
+    for batch in loader:
         with autocast(device, dtype):
             parts = objective.eval_sums(to_device(batch, device))
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.flatten().cpu().double()
     sums = {name: np.array(all_reduce_sum(*value.tolist())) for name, value in sums.items()}
-    metrics = objective.finish(sums, [len(dataset)])
+    metrics = objective.finish(sums, [len(loader.dataset)])
     return {f"val_{name}": float(np.squeeze(value)) for name, value in metrics.items()}
 
 
@@ -316,7 +317,9 @@ def evaluate_weights(config):
     val_images = local_rank0_first(open_labelled, config, classes)[1]
     objective = Evaluation(config, val_images.classes).to(device).eval()
     dataset = LabelledViews(val_images, config, train=False)
-    metrics = evaluate(objective, dataset, config, device, dtype)
+    keys = batches_of_all(len(dataset), config.micro_batch)
+    loader = make_loader(dataset, keys, config.num_workers, device)
+    metrics = evaluate(objective, loader, device, dtype)
     log(confusion_table(objective.confusion, objective.classes))
     log(f"{len(dataset):,} images", *(f"{k} {v:.6g}" for k, v in metrics.items()))
     return metrics
@@ -342,7 +345,7 @@ def main(argv=None):
     if config.runs and config.task != "curves":
         raise BadInput(f"{config.runs[0]}: is no option; those are --NAME=VALUE")
     check(config)
-    return TASKS[config.task](config)
+    return bench(config) if config.bench else TASKS[config.task](config)
 
 
 # ==== A first reading can stop here: above is all of fine-tuning ==================================
@@ -414,9 +417,6 @@ def few_of_each(labels, count, seed):
     return np.sort(np.concatenate(kept)).tolist()
 
 
-BICUBIC = v2.InterpolationMode.BICUBIC
-
-
 class LabelledViews(Dataset):
     """dataset[epoch, index] is a dict, all of it a function of (seed, epoch, index):
     images   (3, H, W), normalised float32
@@ -432,9 +432,10 @@ class LabelledViews(Dataset):
             crop = v2.RandomResizedCrop(size, (config.crop_min, 1.0), interpolation=BICUBIC)
             steps = [crop, v2.RandomHorizontalFlip()]
             if config.randaug:
-                steps += [functools.partial(rand_augment, config.randaug, config.randaug_noise)]
-        else:
-            steps = [centre_crop(size, config.eval_crop)]
+                augment = functools.partial(rand_augment, config.randaug, config.randaug_noise)
+                steps += [v2.ToPILImage(), augment]  # tensors cannot be turned bicubically
+        else:  # with Pillow, as other libraries evaluate
+            steps = [v2.ToPILImage(), centre_crop(size, config.eval_crop)]
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         steps += [v2.Normalize(*NORMS[config.norm])]
         if train and config.erasing:
@@ -483,6 +484,22 @@ def mix(batch, config, num_classes, seed):
     kinds = [kind(alpha=a, num_classes=num_classes) for kind, a in alphas.items() if a]
     torch.manual_seed(seed)
     return v2.RandomChoice(kinds)(batch) if kinds else batch
+
+
+def bench(config):
+    """--bench: how fast images are loaded and learnt from."""
+    device, dtype = setup_device(config)
+    images = local_rank0_first(open_labelled, config)[0]
+    objective = Classification(config, images.classes).to(device)
+    dataset = LabelledViews(images, config, train=True)
+
+    def to_inputs(batch):
+        return mix(to_device(batch, device), config, len(images.classes), config.seed)
+
+    def loss_of(model, inputs):
+        return model(inputs, objective.denominators(inputs))
+
+    measure_speed(config, objective, dataset, device, dtype, to_inputs, loss_of)
 
 
 # ---- sharpness-aware minimisation ----------------------------------------------------------------
@@ -734,7 +751,8 @@ def contact_sheet(shown):
     tiles = []
     for index in np.linspace(0, len(shown) - 1, min(64, len(shown))).astype(int):
         path, text = shown[index]
-        tile = ImageOps.pad(read_image(path), (124, 124), color="white")
+        picture = v2.functional.to_pil_image(read_image(path))
+        tile = ImageOps.pad(picture, (124, 124), color="white")
         tile = ImageOps.expand(tile, (2, 2, 2, 18), "white")
         ImageDraw.Draw(tile).text((2, 126), text[:20], fill="black")
         tiles.append(v2.functional.pil_to_tensor(tile))
@@ -780,15 +798,14 @@ def attention(config):
     images = local_rank0_first(open_pictures, config.data, arch.image_size)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
-        height, width = patch_grid(picture.size, arch.image_size, patch)
+        height, width = patch_grid(picture.shape[1:], arch.image_size, patch)
         row, column = query_patch(config.query, height, width)
-        picture = picture.resize((width * patch, height * patch), Image.BICUBIC)
-        image = v2.functional.pil_to_tensor(picture)[None]
+        sides = [height * patch, width * patch]
+        image = v2.functional.resize(picture, sides, BICUBIC)[None] / 255
         probs = model.attention_probs(normalise(image.to(device), config.norm)).cpu()
         heat = probs[0, :, 1 + row * width + column, 1:]  # from that patch to all: (heads, N)
         heat = heat / heat.amax(dim=1, keepdim=True)
         heat = F.interpolate(heat.view(-1, 1, height, width), scale_factor=patch)
-        image = image / 255
         panels = torch.cat([image, 0.35 * image + 0.65 * heat * glow])  # (1 + heads, 3, H, W)
         corner = torch.tensor([column * patch, row * patch])
         box = torch.cat([corner, corner + patch - 1])[None]

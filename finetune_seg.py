@@ -43,8 +43,8 @@ from masking import (
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
     RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
-    local_rank0_first, log, no_progress_bar, parse_args, prepare, run, run_length, save_columns,
-    setup_device, vit_config,
+    local_rank0_first, log, measure_speed, no_progress_bar, parse_args, prepare, run, run_length,
+    save_columns, setup_device, vit_config,
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
@@ -178,6 +178,8 @@ def train(config):
     batches = (local_shard(batch_of_step(step, len(dataset), config.batch_size, config.seed))
                for step in range(start, steps))
     loader = make_loader(dataset, batches, config.num_workers, device)
+    val_batches = batches_of_all(len(val_dataset), 1)  # one by one: sizes differ
+    val_loader = make_loader(val_dataset, val_batches, config.num_workers, device)
     logger = Logger(config, train_images, start, steps, steps_per_epoch)
 
     for step, batch in enumerate(loader, start):
@@ -214,7 +216,7 @@ def train(config):
         record = logger.read(lr)
         if to_evaluate:
             objective.eval()
-            values, table = evaluate(objective, val_dataset, config, device, dtype)
+            values, table = evaluate(objective, val_loader, config, device, dtype)
             record |= values
             if rank() == 0:
                 draw_predictions(objective, val_dataset, config, device, dtype)
@@ -228,13 +230,11 @@ def train(config):
 
 
 @torch.no_grad()
-def evaluate(objective, dataset, config, device, dtype):
+def evaluate(objective, loader, config, device, dtype):
     """(metrics over all held-out images, each counted once, as val_*; a table of the classes)."""
     classes = config.num_classes
-    keys = batches_of_all(len(dataset), 1)  # one by one: sizes differ
-    loader = make_loader(dataset, keys, config.num_workers, device)
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    for batch in tqdm(loader, "evaluating", len(keys), disable=no_progress_bar(), leave=False):
+    for batch in tqdm(loader, "evaluating", disable=no_progress_bar(), leave=False):
         image = batch["images"].to(device)
         labels = batch["labels"].to(device)
         predicted = predict_labels(objective.model, image, labels.shape[1:], config, dtype)
@@ -272,7 +272,8 @@ def evaluate_weights(config):
     count_labels(val_images, config)
     objective = Segmentation(config).to(device).eval()
     dataset = LabelMapViews(val_images, config, train=False)
-    record, table = evaluate(objective, dataset, config, device, dtype)
+    loader = make_loader(dataset, batches_of_all(len(dataset), 1), config.num_workers, device)
+    record, table = evaluate(objective, loader, config, device, dtype)
     log(table)
     log(f"{len(dataset):,} images", *(f"{name} {value:.6g}" for name, value in record.items()))
     return record
@@ -281,7 +282,7 @@ def evaluate_weights(config):
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
     check(config)
-    return TASKS[config.task](config)
+    return bench(config) if config.bench else TASKS[config.task](config)
 
 
 # ==== A first reading can stop here: above is all of fine-tuning ==================================
@@ -317,13 +318,16 @@ def sliding_window(network, image, window, stride, batch=16):
     padded = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
     starts = [[*range(0, side - window, stride), side - window] for side in padded.shape[2:]]
     places = list(itertools.product(*starts))
-    crops = torch.stack([padded[0, :, y : y + window, x : x + window] for y, x in places])
-    logits = torch.cat([network(part).float() for part in crops.split(batch)])
-    total = logits.new_zeros(1, logits.shape[1], *padded.shape[2:])
-    count = torch.zeros_like(total[0, 0])
-    for (y, x), part in zip(places, logits, strict=True):
-        total[0, :, y : y + window, x : x + window] += part
-        count[y : y + window, x : x + window] += 1
+    total = 0
+    count = torch.zeros(padded.shape[2:], device=image.device)
+    for first in range(0, len(places), batch):
+        some = places[first : first + batch]
+        crops = [padded[0, :, y : y + window, x : x + window] for y, x in some]
+        for (y, x), logits in zip(some, network(torch.stack(crops)).float(), strict=True):
+            if not torch.is_tensor(total):
+                total = logits.new_zeros(1, len(logits), *padded.shape[2:])
+            total[0, :, y : y + window, x : x + window] += logits
+            count[y : y + window, x : x + window] += 1
     return (total / count)[:, :, :height, :width]
 
 
@@ -501,10 +505,9 @@ class LabelMapViews(Dataset):
         name = self.images.name(found)
         labels = self.images.read_label_map(self.images.keys[found])
         labels = torch.from_numpy(classes_of(labels, self.config, name))
-        height, width = labels.shape
-        if image.size != (width, height):
-            raise BadInput(f"{name}: its label map has {width}x{height} pixels, the image "
-                           f"{image.width}x{image.height}")
+        if labels.shape != image.shape[1:]:
+            raise BadInput(f"{name}: its label map has {labels.shape[1]}x{labels.shape[0]} pixels, "
+                           f"the image {image.shape[2]}x{image.shape[1]}")
         if self.train:
             torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
             image, labels = self.augment(image, labels)
@@ -517,7 +520,7 @@ class LabelMapViews(Dataset):
         config = self.config
         factor = torch.empty(()).uniform_(config.scale_min, config.scale_max).item()
         resize = v2.Resize(fit_size(labels.shape, config.image_size, factor))
-        image, labels = resize(v2.functional.pil_to_tensor(image), tv_tensors.Mask(labels))
+        image, labels = resize(image, tv_tensors.Mask(labels))
         fill = {tv_tensors.Mask: IGNORE, "others": 0}
         crop = v2.RandomCrop(config.image_size, pad_if_needed=True, fill=fill)
         for _ in range(10):
@@ -530,14 +533,13 @@ class LabelMapViews(Dataset):
             ranges = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # mmseg's
             for name, strength in ranges.items():
                 part = v2.RandomApply([v2.ColorJitter(**{name: strength})], p=0.5)(part)
-        return normalise(part[None], config.norm)[0], part_labels.as_subclass(torch.Tensor)
+        return normalise(part[None] / 255, config.norm)[0], part_labels.as_subclass(torch.Tensor)
 
 
 def held_out_view(image, config):
     """An image as an evaluation sees it, (3, H, W): its short side is image_size (table 14)."""
-    image = v2.functional.pil_to_tensor(image)
     image = v2.functional.resize(image, fit_size(image.shape[1:], config.image_size))
-    return normalise(image[None], config.norm)[0]
+    return normalise(image[None] / 255, config.norm)[0]
 
 
 def fit_size(size, side, factor=1.0):
@@ -545,6 +547,19 @@ def fit_size(size, side, factor=1.0):
     side, in either orientation, times a factor: its short side is `side`, or less if it is long."""
     scale = factor * min(4 * side / max(size), side / min(size))
     return [max(1, round(scale * length)) for length in size]
+
+
+def bench(config):
+    """--bench: how fast images are loaded and learnt from."""
+    device, dtype = setup_device(config)
+    images = local_rank0_first(open_segmented, config)[0]
+    objective = Segmentation(config).to(device)
+
+    def loss_of(model, inputs):
+        return model(inputs, objective.denominators(inputs))
+
+    measure_speed(config, objective, LabelMapViews(images, config, train=True), device, dtype,
+                  functools.partial(to_device, device=device), loss_of)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -602,14 +617,15 @@ def predict(config):
             log(f"{path}: skipped, it cannot be read as an image")
             continue
         view = held_out_view(image, config)[None].to(device)
-        labels = predict_labels(model, view, image.size[::-1], config, dtype)[0]
+        labels = predict_labels(model, view, image.shape[1:], config, dtype)[0]
         labels = numbers[labels.cpu().numpy()]
         if labels.max() < 256:
             picture = Image.fromarray(labels.astype(np.uint8))
             picture.putpalette(colours[:256].tobytes())
         else:
             picture = Image.fromarray(labels.astype(np.uint16))
-        overlay = Image.blend(image, Image.fromarray(colours[labels]), 0.5)
+        photograph = v2.functional.to_pil_image(image)
+        overlay = Image.blend(photograph, Image.fromarray(colours[labels]), 0.5)
         name = stem(path, config.data) + ".png"
         for folder, drawn in (("labels", picture), ("overlay", overlay)):
             save_png = functools.partial(drawn.save, format="PNG")

@@ -1010,7 +1010,8 @@ def measure_speed(config, objective, dataset, device, dtype, to_inputs, loss_of,
     """Print what one process does per second, as a table and, in the last line, as JSON.
     `to_inputs` takes a loaded batch to the device, `encode` makes tokens of its token_images, and
     `loss_of` makes a loss of a model and all that."""
-    size = min(config.micro_batch, math.ceil(config.batch_size / world_size()))
+    steps = run_length(config, len(dataset))[0]
+    size = min(config.micro_batch, config.batch_size // world_size())
     batches = [local_shard(batch_of_step(step, len(dataset), size * world_size(), config.seed))
                for step in range(min(10, len(dataset) // (size * world_size())))]
     batch = next(iter(make_loader(dataset, batches[:1], 0, device)))
@@ -1061,7 +1062,7 @@ def measure_speed(config, objective, dataset, device, dtype, to_inputs, loss_of,
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     most = 2 * side**3 / median_seconds(lambda: matrix @ matrix, device)
     rates["utilisation"] = flops * rates["model_images_per_s"] / most
-    days = run_length(config, len(dataset))[0] * config.batch_size / 86_400
+    days = steps * config.batch_size / 86_400
     days /= rates["step_images_per_s"] * world_size()
     for name, value in rates.items():
         log(f"{name:27}{'none' if value is None else format(value, '.4g')}")

@@ -2032,6 +2032,62 @@ def test_base_trains_on_photographs_with_dalles_tokens(tmp_path, dalle):
     assert "newly initialised: none" in load_weights(model, f"{tmp_path}/out/checkpoint.pt")
 
 
+def test_cached_tokens_change_nothing_but_the_time(tmp_path, dvae, capsys):
+    folder = make_folder(tmp_path / "images", 18, side=40)  # 17 to train on: 2 steps per epoch
+    words = [f"--data={folder}", f"--tokenizer=dvae:{dvae}", "--val_images=1"]
+    toy(tmp_path / "plain", *words)  # 3 epochs
+    cache = tmp_path / "cache"
+    making = [*TOY, *words, "--task=tokens", "--cache_epochs=3", f"--out={cache}"]
+    pretrain.main(making)
+    reading = ["--cache_epochs=3", f"--token_cache={cache}"]
+    toy(tmp_path / "cached", *words, *reading)
+    assert same_weights(tmp_path / "plain", tmp_path / "cached")
+    saved = {path.name: path.read_bytes() for path in cache.glob("*.npy")}
+    assert sorted(saved) == [f"tokens_000{epoch}.npy" for epoch in range(3)]
+    assert np.load(cache / "tokens_0000.npy").dtype == np.uint16
+
+    (cache / "tokens_0001.npy").unlink()  # as if it had been stopped
+    python("pretrain.py", *making, processes=2)
+    assert {path.name: path.read_bytes() for path in cache.glob("*.npy")} == saved
+    toy(tmp_path / "other", "--task=tokenizer", "--steps=1")
+    check_errors(capsys, [*TOY, *words, *reading, f"--out={tmp_path}/wrong"], [
+        ("--seed=1", "seed is 0 there, 1 here"),
+        ("--jitter=0.1", "jitter is 0.4 there, 0.1 here"),
+        ("--cache_epochs=2", "cache_epochs is 3 there, 2 here"),
+        (f"--data={folder}/class0 --batch_size=4", "images is"),
+        (f"--tokenizer=dvae:{tmp_path}/other/checkpoint.pt", "tokenizer is"),
+        (f"--token_cache={tmp_path}", "--task=tokens writes it"),
+    ])
+    check_errors(capsys, [*TOY, "--task=tokens", f"--out={tmp_path}/wrong"], [
+        ("", "--cache_epochs=0: give 1 or more"),
+        ("--cache_epochs=1", "give a trained tokenizer, dvae:FILE"),
+        ("--cache_epochs=1 --tokenizer=pixel", "has no tokens"),
+    ])
+
+
+def test_with_cache_epochs_the_crops_repeat_and_the_masks_do_not():
+    views = views_of(parse(*TOY, "--cache_epochs=2"), 16, train=True)
+    first, second, third = (views[epoch, 5] for epoch in range(3))
+    for name in ("images", "token_images", "colours"):
+        assert torch.equal(first[name], third[name]) and not torch.equal(first[name], second[name])
+    assert not torch.equal(first["mask"], third["mask"])
+
+
+@pytest.mark.parametrize("script, words", [
+    (pretrain, [*TOY, "--tokenizer=pixel"]), (finetune_cls, TOY_CLS), (finetune_seg, TOY_SEG),
+])
+def test_bench_ends_in_a_line_of_json(script, words, tmp_path, mapped, capsys):
+    data = [f"--data={mapped}"] if script is finetune_seg else []
+    script.main([*words, *data, f"--out={tmp_path}/out", "--bench"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = ["load_images_per_s_per_core", "tokenizer_images_per_s", "model_images_per_s"]
+    names += ["step_images_per_s", "peak_memory_gb", "utilisation"]
+    assert list(found) == names and not (tmp_path / "out").exists()
+    assert all(found[name] > 0 for name in names if found[name] is not None)
+    assert (found["tokenizer_images_per_s"] is None) == (script is not pretrain)
+    assert found["utilisation"] < 1.1
+
+
 # ---- pretrain: other objectives ------------------------------------------------------------------
 
 
