@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as TF
-from torchvision.transforms.v2.functional import to_image
+from torchvision.transforms.v2 import functional as TF
 
 
 class BadInput(ValueError):
@@ -143,7 +142,7 @@ class Images:
         uint8 (3, height, width)."""
         for found in (*range(index, len(self)), *range(index)):
             try:
-                return to_image(self.read(self.keys[found])).as_subclass(torch.Tensor), found
+                return TF.to_image(self.read(self.keys[found])).as_subclass(torch.Tensor), found
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
                 if not skip_bad:
                     raise BadInput(f"{self.name(found)}: cannot be read as an image ({error}); "
@@ -468,8 +467,8 @@ class Views(Dataset):
         sample["predict"] = torch.ones_like(sample["mask"]) if predict_all else sample["mask"]
         if not self.train:
             for name, size in self.sizes.items():  # the usual 256 for 224
-                resized = TF.resize(image, round(size * 8 / 7), BICUBIC, antialias=True)
-                sample[name] = TF.center_crop(resized, size)
+                resized = TF.resize(image, [round(size * 8 / 7)], BICUBIC, antialias=True)
+                sample[name] = TF.center_crop(resized, [size, size])
             return sample
         if config.cache_epochs:
             epoch %= config.cache_epochs
@@ -479,7 +478,7 @@ class Views(Dataset):
         flipped = torch.rand(()) < 0.5
         for name, size in self.sizes.items():
             view = TF.resized_crop(image, *box, [size, size], BICUBIC, antialias=True)
-            sample[name] = TF.hflip(view) if flipped else view
+            sample[name] = TF.horizontal_flip(view) if flipped else view
         mean = sample["images"].float().mean(dim=(1, 2)).numpy() / 255
         rng = np.random.default_rng([config.seed, epoch, index, 1])
         sample["colours"] = torch.from_numpy(draw_colours(config.jitter, mean, rng))

@@ -8,9 +8,8 @@ In minutes on two CPU cores, on images that the script draws itself:
     python pretrain.py --preset=shapes
 Other targets than DALL-E's tokens: --task=tokenizer trains a dVAE, --task=pca finds principal
 components; --tokenizer=dvae or pca does that first. --contrast=dino, moco or simclr adds a loss.
-See the plan of a run (steps, compute, memory, days) without data or GPU:
-    python pretrain.py --dry_run
-`--help` lists every option. Run a command again after it was killed, and it goes on where it was.
+`--dry_run` prints the plan of a run (compute, memory, days) without data or GPU, `--bench` measures
+its speed, `--help` lists every option. Run a command again after it was killed: it goes on there.
 
 Read from the top: options, the objective, the loop, evaluation, main; that is all of BEiT's
 pre-training. Other objectives and the plumbing (command line, processes, checkpoints, log) follow.
@@ -48,7 +47,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.lib.format import open_memmap
 from PIL import ImageDraw, ImageOps
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -56,7 +54,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
-from torchvision.transforms import functional as TF
+from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -896,9 +894,10 @@ def write_tokens(config):
         if os.path.exists(path):
             continue
         if rank() == 0:
-            open_memmap(f"{path}.tmp", "w+", np.uint16, (len(images), grid, grid))
+            shape = (len(images), grid, grid)
+            np.lib.format.open_memmap(f"{path}.tmp", "w+", np.uint16, shape)
         all_reduce_sum(0)
-        rows = open_memmap(f"{path}.tmp", "r+")
+        rows = np.lib.format.open_memmap(f"{path}.tmp", "r+")
         keys = batches_of_all(len(images), config.micro_batch, epoch)
         loader = make_loader(dataset, keys, config.num_workers, device)
         bar = tqdm(loader, f"tokens of epoch {epoch}", len(keys), disable=no_progress_bar())
