@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.io import decode_jpeg
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 
@@ -208,17 +209,21 @@ LONGEST = 100  # a longer strip would need gigabytes when its short side is resi
 
 def read_image(path):
     """The picture in a file as uint8 RGB (3, height, width), turned as its EXIF tag says."""
-    with Image.open(path) as image:
-        if max(image.size) > LONGEST * min(image.size):
-            width, height = image.size
-            raise ValueError(f"{width}x{height} pixels, a side over {LONGEST} times the other")
-        if image.format == "JPEG" and image.mode in ("RGB", "L"):  # the same pixels as Pillow's
-            file = read_file(os.fspath(path))
-            return decode_jpeg(file, ImageReadMode.RGB, apply_exif_orientation=True)
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":
-            image = Image.fromarray(to_8_bits(np.asarray(image)))
-        return TF.pil_to_tensor(image.convert("RGB"))
+    file = np.fromfile(path, np.uint8)
+    channels = 0
+    if file[:3].tobytes() == b"\xff\xd8\xff":  # JPEG: the same pixels as Pillow's, sooner
+        image = decode_jpeg(torch.from_numpy(file), apply_exif_orientation=True)
+        channels = len(image)
+    if channels not in (1, 3):  # in CMYK too
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
+            image = TF.pil_to_tensor(image.convert("RGB"))
+    height, width = image.shape[1:]
+    if max(height, width) > LONGEST * min(height, width):
+        raise ValueError(f"{width}x{height} pixels, a side over {LONGEST} times the other")
+    return image.expand(3, -1, -1)
 
 
 def to_8_bits(values):
@@ -433,7 +438,7 @@ class Views(Dataset):
     predict       (grid, grid) bool, True = this patch's target is to be predicted
     skipped       whether it shows the next image because this one is unreadable
     and in training
-    colours       (3, 4) float32, the change of colours that `to_device` makes to both views
+    jitter        (3,) float32, by what `to_device` multiplies brightness, contrast and saturation
     NAME          for each of `extra_views` {NAME: (count, transform)}, as (count, 3, side, side)
                   uint8, each with a crop of its own
     tokens        (grid, grid) int64 from `tokens`, an array (images, grid, grid) for each epoch
@@ -472,16 +477,15 @@ class Views(Dataset):
             return sample
         if config.cache_epochs:
             epoch %= config.cache_epochs
-        torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index))
-        # cropped first, so that the rest works on fewer pixels than in the official code
-        box = RandomResizedCrop.get_params(image, (config.crop_min, 1.0), (3 / 4, 4 / 3))
-        flipped = torch.rand(()) < 0.5
-        for name, size in self.sizes.items():
-            view = TF.resized_crop(image, *box, [size, size], BICUBIC, antialias=True)
-            sample[name] = TF.horizontal_flip(view) if flipped else view
-        mean = sample["images"].float().mean(dim=(1, 2)).numpy() / 255
         rng = np.random.default_rng([config.seed, epoch, index, 1])
-        sample["colours"] = torch.from_numpy(draw_colours(config.jitter, mean, rng))
+        rows, columns = draw_crop(*image.shape[1:], config.crop_min, rng)
+        crop = image[None, :, rows, columns]
+        flipped = rng.random() < 0.5
+        for name, size in self.sizes.items():
+            view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+            sample[name] = view.flip(2) if flipped else view
+        factors = rng.uniform(max(0, 1 - config.jitter), 1 + config.jitter, 3)
+        sample["jitter"] = torch.from_numpy(factors.astype(np.float32))
         if self.tokens is not None:
             sample["tokens"] = torch.from_numpy(self.tokens[epoch][index].astype(np.int64))
         for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
@@ -491,26 +495,27 @@ class Views(Dataset):
 
 
 BICUBIC = InterpolationMode.BICUBIC
-GREY = np.array([0.2989, 0.587, 0.114])  # how bright red, green and blue are
 
 
-def draw_colours(jitter, mean, rng):
-    """Random brightness, contrast and saturation in a random order (torchvision's ColorJitter) as
-    one affine map of RGB in [0, 1], which the device applies to whole batches: (3, 4) float32, the
-    matrix and the offset. `mean` (3,) is the view's mean colour, which contrast keeps."""
-    matrix = np.eye(3)
-    offset = np.zeros(3)
-    for change in rng.permutation(["brightness", "contrast", "saturation"]):
-        factor = rng.uniform(max(0, 1 - jitter), 1 + jitter)
-        step = factor * np.eye(3)
-        shift = 0
-        if change == "saturation":  # a mixture with the pixel's own grey
-            step += (1 - factor) * GREY
-        if change == "contrast":  # with the mean grey of the view as it is by now
-            shift = (1 - factor) * GREY @ (matrix @ mean + offset)
-        matrix = step @ matrix
-        offset = step @ offset + shift
-    return np.column_stack([matrix, offset]).astype(np.float32)
+def draw_crop(height, width, least, rng):
+    """(rows, columns) of a random crop, slices: of between `least` and all of the area, and an
+    aspect ratio log-uniform in [3/4, 4/3], as torchvision's RandomResizedCrop draws them. Where ten
+    tries don't fit, the middle."""
+    for _ in range(10):
+        area = height * width * rng.uniform(least, 1)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top = rng.integers(height - h + 1)
+            left = rng.integers(width - w + 1)
+            break
+    else:
+        h = min(height, round(width * 4 / 3))
+        w = min(width, round(height * 4 / 3))
+        top = (height - h) // 2
+        left = (width - w) // 2
+    return slice(top, top + h), slice(left, left + w)
 
 
 def draw_mask(name, config, rng, grid=None):
@@ -613,30 +618,33 @@ def copy_to(device, tensor):
 
 
 def to_device(batch, device, norm):
-    """A batch of Views on the device, with its change of colours: `images` (B, 3, H, W) become
+    """A batch of Views on the device, with its jitter of colours: `images` (B, 3, H, W) become
     normalised floats, `token_images` floats in [0, 1], and `predict` (B, h, w) `positions` (K,)
     int64: where its patches are among all B * h * w. That is worked out on the CPU, so that no GPU
     waits."""
     positions = batch["predict"].flatten().nonzero().squeeze(1)
     batch = {**batch, "positions": positions}
     batch = {name: copy_to(device, value) for name, value in batch.items()}
-    images = recolour(batch["images"] / 255, batch.get("colours"))
+    images = recolour(batch["images"] / 255, batch.get("jitter"))
     if "token_images" in batch:
-        batch["token_images"] = recolour(batch["token_images"] / 255, batch.get("colours"))
+        batch["token_images"] = recolour(batch["token_images"] / 255, batch.get("jitter"))
     else:
         batch["token_images"] = images
     batch["images"] = normalise(images, norm)
     return batch
 
 
-def recolour(images, colours):
-    """Images (B, 3, H, W) in [0, 1] after an affine map each, (B, 3, 4) of RGB; None changes
-    nothing."""
-    if colours is None:
+def recolour(images, jitter):
+    """Images (B, 3, H, W) in [0, 1], the brightness, contrast and saturation of each multiplied by
+    its three factors (B, 3): torchvision's ColorJitter, in any order, because where nothing is
+    clipped the changes commute. None changes nothing."""
+    if jitter is None:
         return images
-    matrix, offset = colours.split([3, 1], dim=2)  # (B, 3, 3), (B, 3, 1)
-    pixels = torch.baddbmm(offset, matrix, images.flatten(2))  # (B, 3, H * W)
-    return pixels.view_as(images).clamp(0, 1)
+    brightness, contrast, saturation = jitter.view(-1, 3, 1, 1, 1).unbind(1)
+    grey = TF.rgb_to_grayscale(images)
+    images = torch.lerp(grey, images, saturation)
+    images = torch.lerp(grey.mean(dim=(2, 3), keepdim=True), images, contrast)
+    return (brightness * images).clamp(0, 1)
 
 
 def first_batch(dataset, count, device):

@@ -9,6 +9,7 @@ transformers are compared with where they are installed. The order is that of th
 import argparse
 import csv
 import functools
+import itertools
 import json
 import math
 import os
@@ -448,18 +449,40 @@ def test_both_views_show_the_same_crop():
     assert len(crops) == 20
 
 
-def test_the_change_of_colours_is_torchvisions_jitter():
-    image = 0.4 + 0.2 * torch.rand(3, 24, 24)  # so that nothing is clipped
-    mean = image.mean(dim=(1, 2)).numpy()
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        expected = image
-        for change in rng.permutation(["brightness", "contrast", "saturation"]):
+CHANGES = ["brightness", "contrast", "saturation"]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(CHANGES)))
+def test_the_change_of_colours_is_torchvisions_jitter_in_any_order(order):
+    images = 0.4 + 0.2 * torch.rand(20, 3, 24, 24)  # so that nothing is clipped
+    factors = torch.empty(20, 3).uniform_(0.6, 1.4)
+    found = masking.recolour(images, factors)
+    for i in range(20):
+        expected = images[i]
+        for change in order:
             adjust = getattr(torchvision.transforms.functional, f"adjust_{change}")
-            expected = adjust(expected, rng.uniform(0.6, 1.4))
-        colours = masking.draw_colours(0.4, mean, np.random.default_rng(seed))
-        found = masking.recolour(image[None], torch.from_numpy(colours)[None])[0]
-        assert (found - expected).abs().max() < 1e-5 and (expected - image).abs().max() > 0.01
+            expected = adjust(expected, factors[i, CHANGES.index(change)].item())
+        # torchvision's weights of red, green and blue sum up to 0.9999
+        assert (found[i] - expected).abs().max() < 1e-4
+        assert (expected - images[i]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("size", [(90, 120), (400, 40)])
+def test_crops_are_distributed_as_torchvisions(size):
+    rng = np.random.default_rng(0)
+    image = torch.empty(1, *size)
+    transform = torchvision.transforms.RandomResizedCrop(224)
+    draws = []
+    for _ in range(3_000):
+        rows, columns = masking.draw_crop(*size, 0.08, rng)
+        ours = (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        theirs = transform.get_params(image, transform.scale, transform.ratio)
+        assert min(ours) >= 0 and rows.stop <= size[0] and columns.stop <= size[1]
+        draws.append([[top, left, h * w, h / w] for top, left, h, w in (ours, theirs)])
+    ours, theirs = np.array(draws).transpose(1, 0, 2)  # (draws, statistics) each
+    spread = theirs.std(axis=0)
+    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 0.1 * spread).all()  # 4 deviations
+    assert (np.abs(ours.std(axis=0) - spread) < 0.1 * spread).all()
 
 
 def test_batches_do_not_depend_on_workers_or_processes(monkeypatch):
@@ -2068,7 +2091,7 @@ def test_cached_tokens_change_nothing_but_the_time(tmp_path, dvae, capsys):
 def test_with_cache_epochs_the_crops_repeat_and_the_masks_do_not():
     views = views_of(parse(*TOY, "--cache_epochs=2"), 16, train=True)
     first, second, third = (views[epoch, 5] for epoch in range(3))
-    for name in ("images", "token_images", "colours"):
+    for name in ("images", "token_images", "jitter"):
         assert torch.equal(first[name], third[name]) and not torch.equal(first[name], second[name])
     assert not torch.equal(first["mask"], third["mask"])
 
