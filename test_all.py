@@ -28,10 +28,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import finetune_cls
 import finetune_seg
 import masking
+import model as network
 import pretrain
 from masking import MASKS, BadInput, blockwise_mask, random_mask
 from model import (
@@ -3020,6 +3022,136 @@ def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
         ("--stride=40", "--stride=40: with windows of --image_size=32"),
         ("--scale_min=3", "--scale_min=3.0: give more than 0 and at most"),
     ), script=finetune_seg)
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A mode in which tensors have shapes, types and devices but no values: a GPU need not be there
+    to see that all of them are in the right place."""
+    mode = FakeTensorMode()
+
+    def copy(device, tensor):
+        with mode:
+            return mode.from_tensor(tensor).to(device)
+
+    for module in (masking, network):
+        monkeypatch.setattr(module, "copy_to", copy)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    return mode
+
+
+def step_on_fake_gpu(mode, objective, forward):
+    """A training step without its backward pass, which needs a driver."""
+    networks = [objective, objective.tokenizer] if hasattr(objective, "tokenizer") else [objective]
+    with mode:
+        for part in itertools.chain(*(network.modules() for network in networks if network)):
+            for name, weight in part.named_parameters(recurse=False):
+                moved = mode.from_tensor(weight).to(CUDA).detach()
+                setattr(part, name, torch.nn.Parameter(moved, weight.requires_grad))
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, mode.from_tensor(buffer).to(CUDA))
+        optimizer = torch.optim.AdamW(param_groups(objective.model, 0.05), 1e-3, fused=True)
+        with pretrain.autocast(CUDA, torch.float16):
+            loss = forward()
+        assert loss.device == CUDA and loss.dtype == torch.float32 and loss.shape == ()
+        for parameter in objective.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 3.0)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("words", [
+    "", "--variant=released", "--checkpointing=true", "--predict=all --mask=random",
+    "--task=tokenizer", "--tokenizer=dalle --patch_size=16", "--tokenizer=vqgan --patch_size=16",
+    "--tokenizer=pixel:norm", "--tokenizer=pca --components=8", "--contrast=dino --local_crops=2",
+    "--contrast=moco", "--contrast=simclr", "--contrast=dino --mim_weight=0",
+])
+def test_pretraining_steps_on_a_fake_gpu(words, fake_gpu):
+    config = parse(*TOY, "--drop_path=0", "--prototypes=64", "--min_block=1", *words.split())
+    kind = config.tokenizer.partition(":")[0]
+    tokenizer = TOKENIZERS[kind].untrained(**vars(config)).requires_grad_(False)
+    objective = pretrain.make_objective(config, torch.device("cpu"), tokenizer)
+    for part in objective.modules():
+        if isinstance(part, ViT):
+            part.checkpointing = config.checkpointing
+    images = masking.open_images("shapes", config.image_size, 4)[0]
+    dataset = masking.Views(images, config, objective.token_size, True, objective.mask,
+                            objective.extra_views)
+    batch = torch.utils.data.default_collate([dataset[0, index] for index in range(4)])
+    denominators = objective.denominators(batch)
+    batch = masking.to_device(batch, CUDA, config.norm)
+    step_on_fake_gpu(fake_gpu, objective, lambda: objective(batch, denominators, 0.5)[0])
+    with fake_gpu:
+        objective.after_step(0.5)
+
+
+@pytest.mark.parametrize("script, words", [(finetune_cls, TOY_CLS), (finetune_seg, TOY_SEG)])
+def test_finetuning_steps_on_a_fake_gpu(script, words, mapped, fake_gpu):
+    config = parse(*words, "--drop_path=0", script=script)
+    if script is finetune_cls:
+        images = finetune_cls.open_labelled(config)[0]
+        objective = finetune_cls.Classification(config, images.classes)
+        dataset = finetune_cls.LabelledViews(images, config, train=True)
+    else:
+        config.data = str(mapped)
+        objective = finetune_seg.Segmentation(config)
+        images = finetune_seg.open_segmented(config)[0]
+        dataset = finetune_seg.LabelMapViews(images, config, train=True)
+    batch = torch.utils.data.default_collate([dataset[0, index] for index in range(4)])
+    denominators = objective.denominators(batch)
+    with fake_gpu:
+        batch = {name: fake_gpu.from_tensor(value) for name, value in batch.items()}
+        batch = finetune_cls.to_device(batch, CUDA)
+    step_on_fake_gpu(fake_gpu, objective, lambda: objective(batch, denominators))
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("words", [
+    "--dtype=float16", "--dtype=bfloat16", "--dtype=float32", "--dtype=bfloat16 --compile=true",
+    "--dtype=float16 --checkpointing=true", "--dtype=bfloat16 --contrast=simclr",
+])
+def test_runs_on_a_gpu_resume_and_agree_with_the_cpu(words, tmp_path):
+    words = [*words.split(), "--tokenizer=pixel", "--drop_path=0"]
+    whole = toy(tmp_path / "gpu", *words)
+    (tmp_path / "gpu" / "checkpoint.pt").unlink()  # resumes from previous.pt, of step 4
+    resumed = toy(tmp_path / "gpu", *words)
+    on_cpu = toy(tmp_path / "cpu", *words, "--device=cpu", "--dtype=float32", "--compile=false")
+    for other in (resumed, on_cpu):
+        for a, b in zip(whole, other, strict=True):
+            assert math.isclose(a["loss"], b["loss"], rel_tol=0.03), (a, b)
+
+
+@needs_gpu
+def test_a_step_that_does_not_log_never_waits_for_the_gpu():
+    config = parse(*TOY, "--tokenizer=pixel", "--drop_path=0.1")
+    device = torch.device("cuda:0")
+    objective = pretrain.make_objective(config, device)
+    optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cuda")
+    dataset = views_of(config, objective.token_size, train=True)
+    batch = torch.utils.data.default_collate([dataset[0, index] for index in range(4)])
+    for mode in ("default", "error"):  # the first step makes the states
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            micro = masking.to_device(batch, device, config.norm)
+            with pretrain.autocast(device, torch.float16):
+                loss, _ = objective(micro, objective.denominators(batch), 0.5)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(objective.parameters(), 3.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- README --------------------------------------------------------------------------------------
