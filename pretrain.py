@@ -812,6 +812,13 @@ def plan(config):
     half = trial // 2 or 1
     activations = (step(trial) - step(half)) / (trial - half or 1)  # the rest is weights
     flops = count_flops(lambda: step(half)) / half
+    cache = "none: its targets are no tokens"
+    if hasattr(tokenizer, "vocab_size"):
+        few = to_device(micro_batches(batch, half)[0], device, config.norm)["token_images"]
+        share = count_flops(lambda: tokenizer.encode(few)) / half / flops
+        cache = (f"{2 * count * objective.model.config.grid**2 / 1e9:,.3f} GB per epoch; saves "
+                 f"{share:.0%} of the compute from the second run on (with --cache_epochs="
+                 f"{config.epochs:g}; with fewer in the first too)")
     speed = config.images_per_s or trial / median_seconds(lambda: step(trial), device)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     # gradient and AdamW's two moments besides the weight; a teacher has only that
@@ -828,6 +835,7 @@ compute     {flops / 1e9:,.1f} GFLOP per image with its tokens and the backward 
 memory      {(weights + micro_batch * activations) / 2**30:,.1f} GiB per process: \
 {weights / 2**30:,.1f} of weights, gradients and AdamW, \
 {activations / 2**20:,.0f} MiB per image of activations in {dtype}
+token cache {cache}
 speed       {speed:,.1f} images/s per process, {"given" if config.images_per_s else "measured now"}
 time        {days:,.2f} days on {processes} processes""")
 
@@ -921,10 +929,13 @@ def bench(config):
     dataset = Views(images, config, objective.token_size, True, objective.mask,
                     objective.extra_views, tokens)
 
-    def loss_of(model, inputs):
-        return model(inputs, objective.denominators(inputs), 1.0)[0]
+    def to_inputs(batch):  # counted on the CPU, where no GPU waits
+        counts = objective.denominators(batch)
+        return {**to_device(batch, device, config.norm), "denominators": counts}
 
-    to_inputs = functools.partial(to_device, device=device, norm=config.norm)
+    def loss_of(model, inputs):
+        return model(inputs, inputs["denominators"], 1.0)[0]
+
     encode = objective.tokenizer.encode if objective.tokenizer and not tokens else None
     measure_speed(config, objective, dataset, device, dtype, to_inputs, loss_of, encode)
 
