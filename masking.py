@@ -479,7 +479,7 @@ class Views(Dataset):
             epoch %= config.cache_epochs
         rng = np.random.default_rng([config.seed, epoch, index, 1])
         rows, columns = draw_crop(*image.shape[1:], config.crop_min, rng)
-        crop = image[None, :, rows, columns]
+        crop = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
         flipped = rng.random() < 0.5
         for name, size in self.sizes.items():
             view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
