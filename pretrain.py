@@ -820,8 +820,7 @@ def plan(config):
         few = to_device(micro_batches(batch, half)[0], device, config.norm)["token_images"]
         share = count_flops(lambda: tokenizer.encode(few)) / half / flops
         cache = (f"{2 * count * objective.model.config.grid**2 / 1e9:,.3f} GB per epoch; saves "
-                 f"{share:.0%} of the compute from the second run on (with --cache_epochs="
-                 f"{config.epochs:g}; with fewer in the first too)")
+                 f"{share:.0%} of the compute from the second run on, or with fewer --cache_epochs")
     speed = config.images_per_s or trial / median_seconds(lambda: step(trial), device)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     # gradient and AdamW's two moments besides the weight; a teacher has only that
