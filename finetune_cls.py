@@ -40,9 +40,9 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
-    BICUBIC, DATASETS, NORMS, BadInput, batch_of_step, batches_of_all, derive_seed, folder_images,
-    local_shard, make_loader, micro_batches, named_images, normalise, open_pictures, patch_grid,
-    rank, read_image, world_size,
+    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, batches_of_steps, derive_seed,
+    folder_images, make_loader, micro_batches, named_images, normalise, open_pictures,
+    patch_grid, rank, read_image, world_size,
 )
 from model import (
     Classifier, LinearProbes, ViT, load_weights, optional, read_network, write_atomically,
@@ -242,9 +242,8 @@ def train(config, objective_class=Classification):
     if start == steps:
         return True
 
-    batches = (local_shard(batch_of_step(step, len(dataset), config.batch_size, config.seed,
-                                         config.repeats))
-               for step in range(start, steps))
+    batches = batches_of_steps(range(start, steps), len(dataset), config.batch_size, config.seed,
+                               config.repeats)
     loader = make_loader(dataset, batches, config.num_workers, device)
     val_batches = batches_of_all(len(val_dataset), config.micro_batch)
     val_loader = make_loader(val_dataset, val_batches, config.num_workers, device)

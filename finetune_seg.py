@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 from finetune_cls import confusion, to_device
 from masking import (
-    BadInput, batch_of_step, batches_of_all, denormalise, derive_seed, folder_images, local_shard,
-    make_loader, micro_batches, named_images, normalise, permutation, rank, world_size,
+    BadInput, batches_of_all, batches_of_steps, denormalise, derive_seed, folder_images,
+    local_shard, make_loader, micro_batches, named_images, normalise, permutation, rank,
+    world_size,
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
@@ -175,16 +176,14 @@ def train(config):
     if start == steps:
         return True
 
-    batches = (local_shard(batch_of_step(step, len(dataset), config.batch_size, config.seed))
-               for step in range(start, steps))
+    batches = batches_of_steps(range(start, steps), len(dataset), config.batch_size, config.seed)
     loader = make_loader(dataset, batches, config.num_workers, device)
     val_batches = batches_of_all(len(val_dataset), 1)  # one by one: sizes differ
     val_loader = make_loader(val_dataset, val_batches, config.num_workers, device)
     logger = Logger(config, train_images, start, steps, steps_per_epoch)
 
     for step, batch in enumerate(loader, start):
-        # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the sums are divided by, and whether a process was asked to stop.
+        # in one exchange between the CPUs: what the sums are divided by, and whether to stop
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break

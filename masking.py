@@ -258,6 +258,8 @@ def open_images(data, image_size, val_images):
         val, train = train.split(min(val_images, max(1, len(train) // 10)))
     if not len(train):
         raise BadInput(f"--data={data}: holds no two images ({' '.join(ENDINGS)})")
+    if len(val) < world_size():
+        raise BadInput(f"--data={data}: {len(val)} held-out images are too few")
     return train, val
 
 
@@ -584,6 +586,12 @@ def local_shard(items):
     """This process's part of a list: consecutive, and as even as possible."""
     start = rank() * len(items) // world_size()
     return items[start : (rank() + 1) * len(items) // world_size()]
+
+
+def batches_of_steps(steps, count, batch_size, seed, repeats=1):
+    """This process's part of the batch of each of `steps`."""
+    for step in steps:
+        yield local_shard(batch_of_step(step, count, batch_size, seed, repeats))
 
 
 def batches_of_all(count, size, epoch=0):

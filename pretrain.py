@@ -59,9 +59,10 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from masking import (
-    BICUBIC, DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all, denormalise,
-    derive_seed, draw_mask, first_batch, local_shard, make_loader, micro_batches, normalise,
-    open_images, open_pictures, patch_grid, permutation, rank, to_device, world_size,
+    BICUBIC, DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all,
+    batches_of_steps, denormalise, derive_seed, draw_mask, first_batch, local_shard,
+    make_loader, micro_batches, normalise, open_images, open_pictures, patch_grid, permutation,
+    rank, to_device, world_size,
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
@@ -330,8 +331,6 @@ def train(config):
     train_images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                                  config.val_images)
     steps, steps_per_epoch, warmup = run_length(config, len(train_images))
-    if len(val_images) < world_size():
-        raise BadInput(f"--data={config.data}: {len(val_images)} held-out images are too few")
 
     objective = make_objective(config, device)
     tokens = open_token_cache(config, train_images, objective.tokenizer)
@@ -344,8 +343,7 @@ def train(config):
     if start == steps:
         return True
 
-    batches = (local_shard(batch_of_step(step, len(dataset), config.batch_size, config.seed))
-               for step in range(start, steps))
+    batches = batches_of_steps(range(start, steps), len(dataset), config.batch_size, config.seed)
     loader = make_loader(dataset, batches, config.num_workers, device)
     val_batches = batches_of_all(len(val_dataset), config.micro_batch)
     val_loader = make_loader(val_dataset, val_batches, config.num_workers, device)
@@ -1024,8 +1022,8 @@ def measure_speed(config, objective, dataset, device, dtype, to_inputs, loss_of,
     `loss_of` makes a loss of a model and all that."""
     steps = run_length(config, len(dataset))[0]
     size = min(config.micro_batch, config.batch_size // world_size())
-    batches = [local_shard(batch_of_step(step, len(dataset), size * world_size(), config.seed))
-               for step in range(min(10, len(dataset) // (size * world_size())))]
+    count = min(10, len(dataset) // (size * world_size()))
+    batches = [*batches_of_steps(range(count), len(dataset), size * world_size(), config.seed)]
     batch = next(iter(make_loader(dataset, batches[:1], 0, device)))
 
     def with_tokens(batch):

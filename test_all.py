@@ -194,6 +194,28 @@ def make_folder(path, count=12, side=40):
     return path
 
 
+def make_twins(path, count=40):
+    """Two pictures, many times each: any network has them by heart after some steps.
+
+    Where a test wants to see a loss fall, what there is to learn must be more than its noise.
+    """
+    path.mkdir()
+    for number in range(count):
+        Image.fromarray(masking.shapes_image(32, 7, number % 2)).save(path / f"{number}.png")
+    return path
+
+
+def losses_on_one_batch(objective, batch, steps=20):
+    """An objective's metrics as the same batch is learned, with its teacher (if any) at rest."""
+    optimizer = torch.optim.Adam(objective.model.parameters(), lr=1e-3)
+    lines = []
+    for _ in range(steps):
+        loss, metrics = objective(batch, objective.denominators(batch), 0.0)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        lines.append({name: float(value) for name, value in metrics.items()})
+    return lines
+
+
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
     """A folder with 24 training and 10 held-out images of 3 classes: a class has a colour."""
@@ -2010,12 +2032,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, dvae, capsys):
     ],
 )
 def test_other_options_train_too(words, tmp_path, dvae):
-    lines = toy(tmp_path, f"--tokenizer=dvae:{dvae}", "--steps=12", "--eval_every=6", *words)
-    assert lines[-1]["loss"] < lines[0]["loss"] and math.isfinite(lines[-1]["val_loss"])
+    words = [f"--tokenizer=dvae:{dvae}", f"--data={make_twins(tmp_path / 'images')}", *words]
+    words += ["--crop_min=0.95", "--jitter=0", "--lr=1e-3"]
+    lines = toy(tmp_path, "--steps=24", "--eval_every=12", *words)
+    losses = [line["loss"] for line in lines]
+    assert max(losses[-5:]) < losses[0] and math.isfinite(lines[-1]["val_loss"])
     model = BEiT(ViTConfig(**read_checkpoint(tmp_path / "checkpoint.pt")["arch"]), 32)
     assert "newly initialised: none" in load_weights(model, tmp_path / "checkpoint.pt")
-    assert toy(tmp_path / "on", f"--tokenizer=dvae:{dvae}", "--steps=2", *words,
-               f"--weights={tmp_path}/checkpoint.pt")[0]["loss"] < lines[0]["loss"]
+    words += ["--steps=2", f"--weights={tmp_path}/checkpoint.pt"]
+    assert toy(tmp_path / "on", *words)[0]["loss"] < losses[0]
 
 
 def test_compiled_blocks_compute_the_same(tmp_path, dvae, monkeypatch):
@@ -2168,11 +2193,11 @@ def test_principal_components_are_those_of_numpys_svd(tmp_path, capsys):
 
 @pytest.mark.parametrize("target", ["pixel", "pixel:norm", "pca"])
 def test_other_targets_train_from_one_command(target, tmp_path):
-    words = [f"--tokenizer={target}", "--steps=80", "--components=3"]
-    folder = make_folder(tmp_path / "images", 40, side=32)
-    lines = toy(tmp_path, *words, f"--data={folder}", "--crop_min=0.9")
+    words = [f"--tokenizer={target}", "--steps=80", "--components=3", "--lr=1e-3", "--jitter=0"]
+    words += [f"--data={make_twins(tmp_path / 'images')}", "--crop_min=0.95"]
+    lines = toy(tmp_path, *words)
     losses = [line["loss"] for line in lines]
-    assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:5])
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5]) and lines[-1]["val_explained"] > 0.05
     config = config_of(tmp_path)
     spec = f"pca:{tmp_path}/tokenizer/checkpoint.pt" if target == "pca" else target
     tokenizer = build_tokenizer(spec, patch_size=4)
@@ -2291,15 +2316,20 @@ def test_processes_do_not_change_a_contrastive_loss(words, runs, tmp_path):
 
 
 @pytest.mark.parametrize("contrast", ["dino", "moco", "simclr"])
-def test_contrastive_runs_learn_and_resume_exactly(contrast, tmp_path):
+def test_a_contrastive_loss_is_learned_beside_mim(contrast):
+    words = [f"--contrast={contrast}", "--tokenizer=pixel", "--projector_dim=16", "--drop_path=0"]
+    objective, batch = contrastive(*words, "--prototypes=32")
+    lines = losses_on_one_batch(objective, batch(0), steps=40)
+    for name in ("mim_loss", "contrast_loss"):  # (DINO's has a floor: its targets' entropy)
+        assert min(line[name] for line in lines) < 0.95 * lines[0][name], name
+
+
+@pytest.mark.parametrize("contrast", ["dino", "moco", "simclr"])
+def test_contrastive_runs_resume_exactly(contrast, tmp_path):
     words = [f"--contrast={contrast}", "--tokenizer=pixel", "--projector_dim=16", "--steps=20"]
     words += ["--prototypes=32", "--save_every=10", "--lr=1e-3", "--eval_every=20", "--jitter=0"]
-    # 5 steps per epoch, so that the first five and the last five see the same images
     words += [f"--data={make_folder(tmp_path / 'images', 44, side=32)}", "--val_images=4"]
     lines = toy(tmp_path / "whole", *words)
-    for name in ("mim_loss", "contrast_loss")[: 2 if contrast == "simclr" else 1]:
-        # (a teacher moves: a loss against it need not fall at once)
-        assert np.mean([x[name] for x in lines[-5:]]) < np.mean([x[name] for x in lines[:5]]), name
     chance = dict(dino=math.log(32), moco=2 * 0.2 * math.log(8), simclr=math.log(15))[contrast]
     assert 0.4 < lines[0]["contrast_loss"] / chance < 2.5  # a mean over images
     toy(tmp_path / "half", *words)
@@ -3198,11 +3228,5 @@ def test_the_contrastive_loss_in_the_readme_trains(tmp_path, monkeypatch):
     line = toy(tmp_path, *words, "--steps=2")[-1]
     assert line["step"] == 2 and line["val_feature_std"] > 0.1
     objective, batch = contrastive(*words, "--drop_path=0")
-    optimizer = torch.optim.Adam(objective.model.parameters(), lr=1e-3)
-    batch = batch(0)
-    losses = []
-    for _ in range(20):
-        loss, metrics = objective(batch, objective.denominators(batch), 0.0)
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-        losses.append(metrics["contrast_loss"])
+    losses = [line["contrast_loss"] for line in losses_on_one_batch(objective, batch(0))]
     assert losses[-1] < 0.5 * losses[0], losses
