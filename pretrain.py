@@ -187,7 +187,6 @@ CIFAR = {
     "patch_size": 4,
     "epochs": 10,
     "steps": 0,
-    "lr": 3e-3,
     "warmup_epochs": 0.2,
     "warmup_steps": 0,
     "crop_min": 0.3,
