@@ -239,8 +239,6 @@ def train(config, objective_class=Classification):
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out, "
         f"{num_classes} classes, {100 * most_frequent(val_images):.1f}% in the most frequent one")
-    if start == steps:
-        return True
 
     batches = batches_of_steps(range(start, steps), len(dataset), config.batch_size, config.seed,
                                config.repeats)

@@ -173,8 +173,6 @@ def train(config):
                                                     config.layer_decay)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
-    if start == steps:
-        return True
 
     batches = batches_of_steps(range(start, steps), len(dataset), config.batch_size, config.seed)
     loader = make_loader(dataset, batches, config.num_workers, device)

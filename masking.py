@@ -258,8 +258,6 @@ def open_images(data, image_size, val_images):
         val, train = train.split(min(val_images, max(1, len(train) // 10)))
     if not len(train):
         raise BadInput(f"--data={data}: holds no two images ({' '.join(ENDINGS)})")
-    if len(val) < world_size():
-        raise BadInput(f"--data={data}: {len(val)} held-out images are too few")
     return train, val
 
 

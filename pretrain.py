@@ -330,6 +330,8 @@ def train(config):
     train_images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                                  config.val_images)
     steps, steps_per_epoch, warmup = run_length(config, len(train_images))
+    if len(val_images) < world_size():
+        raise BadInput(f"--data={config.data}: {len(val_images)} held-out images are too few")
 
     objective = make_objective(config, device)
     tokens = open_token_cache(config, train_images, objective.tokenizer)
@@ -339,8 +341,6 @@ def train(config):
     model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
         f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
-    if start == steps:
-        return True
 
     batches = batches_of_steps(range(start, steps), len(dataset), config.batch_size, config.seed)
     loader = make_loader(dataset, batches, config.num_workers, device)
