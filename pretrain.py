@@ -216,8 +216,6 @@ class Objective(nn.Module):
     forward(batch, denominators, progress)
                  (loss, metrics): the sums over this batch divided by `denominators`, which are of
                  the global batch, so that these shares add up to means; progress is 0 to 1
-    eval_sums(batch, progress)
-                 the sums over a batch of an evaluation
     """
 
     tokenizer = None
@@ -227,6 +225,11 @@ class Objective(nn.Module):
     def denominators(self, batch):
         """What to divide by in this batch: counts such as [masked patches]."""
         return [len(batch["images"])]
+
+    def eval_sums(self, batch, progress):
+        """The sums over a batch of an evaluation."""
+        loss, metrics = self.forward(batch, [1], progress)
+        return {"loss": loss, **metrics}
 
     def finish(self, sums, denominators):
         """The metrics of an evaluation from the sums over all."""
@@ -494,12 +497,11 @@ class TokenizerTraining(Objective):
 
     def eval_sums(self, batch, progress):
         images = batch["token_images"]
-        loss, metrics = self.forward(batch, [1], progress)
         tokens = self.model.encode(images)
         # mean absolute error of normalised RGB, in which appendix C reports 0.0880
         mae = 2 * (self.model.decode(tokens) - images).abs().mean() * len(images)
         used = self.model.statistics(tokens.flatten())["frequency"] / tokens[0].numel()
-        return {"loss": loss, **metrics, "mae": mae, "frequency": used}
+        return {**super().eval_sums(batch, progress), "mae": mae, "frequency": used}
 
     def finish(self, sums, denominators):
         means = super().finish(sums, denominators)

@@ -97,7 +97,7 @@ class DiscreteTarget(Target):
         frequency = means["frequency"]
         seen = frequency[frequency > 0]
         return {
-            "unigram_entropy": -(seen * np.log(seen)).sum(),
+            "unigram_entropy": (seen * np.log(1 / seen)).sum(),
             "most_frequent": seen.max(),
             "vocab_used": len(seen) / len(frequency),
         }
