@@ -23,6 +23,7 @@ Images, mixing, and what looks at a trained network follow. The plumbing is pret
 
 import csv
 import functools
+import glob
 import io
 import math
 import os
@@ -760,26 +761,41 @@ def contact_sheet(shown):
 
 
 def curves(config):
-    """OUT/curves.png: held-out accuracy against the epoch, a line per run."""
+    """OUT/curves.png: held-out accuracy against the epoch, a line per run. Runs that a pattern such
+    as 'out/a*' matches are one line: their mean, in a band of one standard deviation."""
     if not config.runs:
         raise BadInput("--task=curves: name the folders of the runs behind it")
     figure = optional("matplotlib.figure", "--task=curves").Figure((6, 4), layout="constrained")
     axes = figure.subplots()
-    for folder in config.runs:
-        try:
-            records = read_metrics(os.path.join(folder, "metrics.jsonl"))
-        except ValueError:  # no JSON
-            records = []
-        points = [(line["epoch"], 100 * line["val_top1"]) for line in records if "val_top1" in line]
-        if not points:
-            raise BadInput(f"{folder}: no metrics.jsonl with val_top1 in it; give a run's --out")
-        axes.plot(*zip(*points), marker=".", label=folder)
+    for pattern in config.runs:
+        runs = [read_curve(folder) for folder in sorted(glob.glob(pattern)) or [pattern]]
+        epochs = sorted(set.intersection(*map(set, runs)))
+        if not epochs:
+            raise BadInput(f"{pattern}: these runs were evaluated at no common epoch")
+        values = np.array([[run[epoch] for epoch in epochs] for run in runs])
+        mean = values.mean(axis=0)
+        axes.plot(epochs, mean, marker=".", label=pattern)
+        if len(runs) > 1:
+            spread = values.std(axis=0, ddof=1)
+            axes.fill_between(epochs, mean - spread, mean + spread, alpha=0.2)
     axes.set(xlabel="epoch", ylabel="top-1 accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend()
     path = os.path.join(config.out, "curves.png")
     write_atomically(path, functools.partial(figure.savefig, format="png", dpi=150))
     log("wrote", path)
+
+
+def read_curve(folder):
+    """{epoch: held-out accuracy in percent} of a run."""
+    try:
+        records = read_metrics(os.path.join(folder, "metrics.jsonl"))
+    except ValueError:  # no JSON
+        records = []
+    curve = {line["epoch"]: 100 * line["val_top1"] for line in records if "val_top1" in line}
+    if not curve:
+        raise BadInput(f"{folder}: no metrics.jsonl with val_top1 in it; give a run's --out")
+    return curve
 
 
 @torch.no_grad()

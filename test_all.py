@@ -2710,11 +2710,32 @@ def test_attention_maps_have_a_panel_per_head(tmp_path):
         assert (red == [255, 0, 0]).all()  # around the patch in the middle
 
 
-def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys):
+def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     for name in "ab":
         toy_cls(tmp_path / name, f"--data={labelled}", "--eval_every=2", f"--seed={ord(name)}")
-    finetune_cls.main(["--task=curves", f"{tmp_path}/a", f"{tmp_path}/b", f"--out={tmp_path}/c"])
+    drawn = []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+
+    def spy(name):
+        draw = getattr(axes, name)
+
+        def noted(self, *args, **options):
+            drawn.append(args)
+            return draw(self, *args, **options)
+
+        monkeypatch.setattr(axes, name, noted)
+
+    spy("plot"), spy("fill_between")
+    words = [f"{tmp_path}/a", f"{tmp_path}/[ab]", f"--out={tmp_path}/c"]
+    finetune_cls.main(["--task=curves", *words])
+    runs = [[100 * line["val_top1"] for line in pretrain.read_metrics(tmp_path / name /
+             "metrics.jsonl") if "val_top1" in line] for name in "ab"]
+    mean = np.mean(runs, axis=0)
+    spread = np.abs(np.subtract(*runs)) / np.sqrt(2)  # of two
+    (_, alone), (_, both), (_, low, high) = drawn
+    assert len(mean) == 3 and np.allclose(alone, runs[0]) and np.allclose(both, mean)
+    assert np.allclose(low, mean - spread) and np.allclose(high, mean + spread)
     with Image.open(tmp_path / "c" / "curves.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
     text = error_of(capsys, "--task=curves", f"{tmp_path}/no", script=finetune_cls)
