@@ -580,9 +580,15 @@ def probe(config):
 def print_table(metrics):
     """The accuracy of each layer's features."""
     log("layer  top-1")
-    for name, value in metrics.items():
-        if name.startswith("val_top1_layer_"):
-            log(f"{name.removeprefix('val_top1_layer_'):>5}  {100 * value:5.2f}%")
+    for layer, accuracy in layer_accuracies(metrics).items():
+        log(f"{layer:>5}  {accuracy:5.2f}%")
+
+
+def layer_accuracies(metrics):
+    """{layer: held-out accuracy in percent} of a probe or of nearest neighbours."""
+    prefix = "val_top1_layer_"
+    return {int(name.removeprefix(prefix)): 100 * value for name, value in metrics.items()
+            if name.startswith(prefix)}
 
 
 @torch.no_grad()
@@ -761,24 +767,30 @@ def contact_sheet(shown):
 
 
 def curves(config):
-    """OUT/curves.png: held-out accuracy against the epoch, a line per run. Runs that a pattern such
-    as 'out/a*' matches are one line: their mean, in a band of one standard deviation."""
+    """OUT/curves.png: held-out accuracy against the epoch, a line per run, or of probes against the
+    layer. Runs that a pattern such as 'out/a*' matches are one line: their mean, in a band of one
+    standard deviation."""
     if not config.runs:
         raise BadInput("--task=curves: name the folders of the runs behind it")
     figure = optional("matplotlib.figure", "--task=curves").Figure((6, 4), layout="constrained")
     axes = figure.subplots()
+    labels = set()
     for pattern in config.runs:
-        runs = [read_curve(folder) for folder in sorted(glob.glob(pattern)) or [pattern]]
-        epochs = sorted(set.intersection(*map(set, runs)))
-        if not epochs:
-            raise BadInput(f"{pattern}: these runs were evaluated at no common epoch")
-        values = np.array([[run[epoch] for epoch in epochs] for run in runs])
+        runs = []
+        for folder in sorted(glob.glob(pattern)) or [pattern]:
+            label, curve = read_curve(folder)
+            labels.add(label)
+            runs.append(curve)
+        shared = sorted(set.intersection(*map(set, runs)))
+        if not shared or len(labels) > 1:
+            raise BadInput(f"{pattern}: these runs were evaluated at no common epoch or layer")
+        values = np.array([[run[place] for place in shared] for run in runs])
         mean = values.mean(axis=0)
-        axes.plot(epochs, mean, marker=".", label=pattern)
+        axes.plot(shared, mean, marker=".", label=pattern)
         if len(runs) > 1:
             spread = values.std(axis=0, ddof=1)
-            axes.fill_between(epochs, mean - spread, mean + spread, alpha=0.2)
-    axes.set(xlabel="epoch", ylabel="top-1 accuracy, %")
+            axes.fill_between(shared, mean - spread, mean + spread, alpha=0.2)
+    axes.set(xlabel=labels.pop(), ylabel="top-1 accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend()
     path = os.path.join(config.out, "curves.png")
@@ -787,15 +799,19 @@ def curves(config):
 
 
 def read_curve(folder):
-    """{epoch: held-out accuracy in percent} of a run."""
+    """("epoch", {epoch: held-out accuracy in percent}) of a run, ("layer", {layer: ...}) of a
+    probe."""
     try:
         records = read_metrics(os.path.join(folder, "metrics.jsonl"))
     except ValueError:  # no JSON
         records = []
+    probed = layer_accuracies(records[-1]) if records else {}
+    if probed:
+        return "layer", probed
     curve = {line["epoch"]: 100 * line["val_top1"] for line in records if "val_top1" in line}
     if not curve:
         raise BadInput(f"{folder}: no metrics.jsonl with val_top1 in it; give a run's --out")
-    return curve
+    return "epoch", curve
 
 
 @torch.no_grad()

@@ -2738,6 +2738,15 @@ def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys, monkeypatch
     assert np.allclose(low, mean - spread) and np.allclose(high, mean + spread)
     with Image.open(tmp_path / "c" / "curves.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+    for name, accuracy in (("p0", 0.5), ("p1", 0.7)):  # probes: against the layer
+        (tmp_path / name).mkdir()
+        record = {"val_top1": accuracy, "val_top1_layer_1": 0.25, "val_top1_layer_2": accuracy}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    drawn.clear()
+    finetune_cls.main(["--task=curves", f"{tmp_path}/p?", f"--out={tmp_path}/c"])
+    assert drawn[0][0] == [1, 2] and np.allclose(drawn[0][1], [25, 60])
+    text = error_of(capsys, "--task=curves", f"{tmp_path}/[ap]*", script=finetune_cls)
+    assert "no common epoch or layer" in text
     text = error_of(capsys, "--task=curves", f"{tmp_path}/no", script=finetune_cls)
     assert "no metrics.jsonl with val_top1" in text
     assert "name the folders" in error_of(capsys, "--task=curves", script=finetune_cls)
