@@ -49,9 +49,9 @@ from model import (
     Classifier, LinearProbes, ViT, load_weights, optional, read_network, write_atomically,
 )
 from pretrain import (
-    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
-    local_rank0_first, log, measure_speed, no_progress_bar, parse_args, prepare, read_metrics, run,
-    run_length, save_columns, setup_device, vit_config,
+    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, as_trained, autocast, check_range,
+    learning_rate, local_rank0_first, log, measure_speed, no_progress_bar, parse_args, prepare,
+    read_metrics, run, run_length, save_columns, setup_device, vit_config,
 )
 
 # ---- options -------------------------------------------------------------------------------------
@@ -342,6 +342,8 @@ def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
     if config.runs and config.task != "curves":
         raise BadInput(f"{config.runs[0]}: is no option; those are --NAME=VALUE")
+    if config.task in ("eval", "predict", "knn") and config.weights != "none":
+        config = as_trained(config, "eval_crop")
     check(config)
     return bench(config) if config.bench else TASKS[config.task](config)
 
@@ -701,9 +703,7 @@ def predict(config):
     if "head.weight" not in state:
         raise BadInput(f"--weights={config.weights}: holds no classifier; fine-tune it first")
     classes = known.get("classes") or [str(n) for n in range(len(state["head.weight"]))]
-    trained = known.get("config", {})
-    seen_as = {name: trained[name] for name in ("norm", "eval_crop") if name in trained}
-    config = replace(config, image_size=arch.image_size, skip_bad_images=True, **seen_as)
+    config = replace(config, image_size=arch.image_size, skip_bad_images=True)
     model = Classifier(arch, len(classes))
     log(load_weights(model, config.weights, head=True))
     model.to(device).eval()

@@ -43,9 +43,9 @@ from masking import (
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
-    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, autocast, check_range, learning_rate,
-    local_rank0_first, log, measure_speed, no_progress_bar, parse_args, prepare, run, run_length,
-    save_columns, setup_device, vit_config,
+    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, as_trained, autocast, check_range,
+    learning_rate, local_rank0_first, log, measure_speed, no_progress_bar, parse_args, prepare, run,
+    run_length, save_columns, setup_device, vit_config,
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
@@ -278,6 +278,8 @@ def evaluate_weights(config):
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
+    if config.task != "train" and config.weights != "none":
+        config = as_trained(config, "num_classes", "ignore_zero", "label_values", "stride")
     check(config)
     return bench(config) if config.bench else TASKS[config.task](config)
 

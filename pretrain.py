@@ -66,7 +66,7 @@ from masking import (
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
-    param_groups, write_atomically,
+    param_groups, read_network, write_atomically,
 )
 from tokenizer import TOKENIZERS, build_tokenizer, read_checkpoint
 
@@ -1373,6 +1373,19 @@ def vit_config(config, shared=True):
     if config.variant == "released" and not shared:
         changes["position"] = "relative"
     return ViTConfig.named(config.size, config.variant, **changes)
+
+
+def as_trained(config, *names):
+    """`config` with what was left at its default as in the run that wrote --weights: the network,
+    how it wants to see images, and `names`. So evaluation needs no more than the weights."""
+    trained = read_network(config.weights)[2].get("config", {})
+    taken = {name: trained[name]
+             for name in ("size", "variant", "image_size", "patch_size", "norm", *names)
+             if name in trained and trained[name] != getattr(type(config), name)
+             and getattr(config, name) == getattr(type(config), name)}
+    if taken:
+        log("as it was trained:", *(f"{name} {value}" for name, value in taken.items()))
+    return replace(config, **taken)
 
 
 def prepare(objective, images, config, device, dtype, layer_decay=1.0):
