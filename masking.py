@@ -653,9 +653,11 @@ def recolour(images, jitter):
     return (brightness * images).clamp(0, 1)
 
 
-def first_batch(dataset, count, device):
-    """The first `count` images of Views, or all if there are fewer, as a batch on the device."""
-    keys = [(0, index) for index in range(min(count, len(dataset)))]
+def sample_batch(dataset, count, device):
+    """`count` images of Views, taken evenly from all of them, as a batch on the device: the first
+    ones would be of one class."""
+    taken = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+    keys = [(0, index) for index in taken.tolist()]
     batch = next(iter(make_loader(dataset, [keys], 0, device)))
     return to_device(batch, device, dataset.config.norm)
 

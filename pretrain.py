@@ -60,9 +60,9 @@ from tqdm import tqdm
 
 from masking import (
     BICUBIC, DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all,
-    batches_of_steps, denormalise, derive_seed, draw_mask, first_batch, local_shard,
-    make_loader, micro_batches, normalise, open_images, open_pictures, patch_grid, permutation,
-    rank, to_device, world_size,
+    batches_of_steps, denormalise, derive_seed, draw_mask, local_shard, make_loader,
+    micro_batches, normalise, open_images, open_pictures, patch_grid, permutation, rank,
+    sample_batch, to_device, world_size,
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
@@ -390,7 +390,7 @@ def train(config):
             objective.eval()
             record |= evaluate(objective, val_loader, config, device, dtype, logger.done / steps)
             if rank() == 0:
-                columns = objective.pictures(first_batch(val_dataset, 8, device))
+                columns = objective.pictures(sample_batch(val_dataset, 8, device))
                 save_columns(os.path.join(config.out, "reconstruction.png"), columns)
             objective.train()
         logger.write(record)
@@ -545,7 +545,7 @@ def fit_pca(config):
                     config=asdict(config))
     if rank() == 0:
         val = Views(val_images, config, config.image_size, train=False)
-        images = first_batch(val, 8, torch.device("cpu"))["token_images"]
+        images = sample_batch(val, 8, torch.device("cpu"))["token_images"]
         values = pca.encode(images)
         columns = {f"{n} components": pca.decode(values[..., :n]) for n in counts[-5:]}
         save_columns(os.path.join(config.out, "reconstruction.png"), {"image": images, **columns})

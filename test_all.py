@@ -473,6 +473,17 @@ def test_both_views_show_the_same_crop():
     assert len(crops) == 20
 
 
+def test_pictures_are_of_images_from_everywhere():
+    config = pretrain.Config(image_size=32, patch_size=8, min_block=4)
+    images = masking.Images(list(range(101)), lambda key: np.full((32, 32, 3), 2 * key, np.uint8),
+                            "greys")  # a class's files lie together
+    views = masking.Views(images, config, 16, train=False, mask="block")
+    batch = masking.sample_batch(views, 5, torch.device("cpu"))
+    greys = batch["token_images"].mean(dim=(1, 2, 3))
+    assert torch.allclose(greys, torch.tensor([0, 50, 100, 150, 200]) / 255)
+    assert len(masking.sample_batch(views, 200, torch.device("cpu"))["images"]) == 101
+
+
 CHANGES = ["brightness", "contrast", "saturation"]
 
 
