@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -3236,13 +3235,24 @@ COUNTS |= {"cifar10": 50_000, "cifar100": 50_000}
 
 
 def readme_commands():
-    """(script, its words) of each command in the README's shell blocks."""
+    """(script, its words) of each command in the README's shell blocks, as bash expands them; what
+    they run is replaced by functions that print their words."""
     text = open(os.path.join(HERE, "README.md")).read()
     assert text.count("```") % 2 == 0
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = re.sub(r"\$\w+", "0", "\n".join(blocks).replace("\\\n", " ")).split("\n")
-    found = [re.search(rf"\b({'|'.join(SCRIPTS)})\.py\b(.*)", line) for line in lines]
-    return [(m[1], shlex.split(m[2].split("&&")[0], comments=True)) for m in found if m]
+    programs = ("python", "python3", "pip", "torchrun", "srun", "scontrol", "head", ".")
+    shell = "".join(name + "() { printf '%s\\t' \"$@\"; echo; }\n" for name in programs)
+    run = subprocess.run(["bash", "-c", "PATH=\n" + shell + "".join(blocks)],
+                         capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    commands = []
+    for line in run.stdout.splitlines():
+        words = line.split("\t")[:-1]
+        scripts = [index for index, word in enumerate(words) if word.removesuffix(".py") in SCRIPTS]
+        if scripts:
+            first = scripts[0]
+            commands.append((words[first].removesuffix(".py"), words[first + 1 :]))
+    return commands
 
 
 def test_every_command_of_the_readme_is_understood():
