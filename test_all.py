@@ -1836,6 +1836,32 @@ def test_any_picture_is_reconstructed_at_its_own_aspect(tokenizer, tmp_path):
         assert not changed[~hidden].any() and changed[hidden].all()
 
 
+@pytest.mark.parametrize("mask, predict", [
+    ("block", "masked"), ("random", "masked"), ("block", "all"), ("none", "all"),
+])
+def test_the_loss_is_equation_2_over_the_patches_to_predict(mask, predict, dvae):
+    config = parse(*TOY, "--drop_path=0", f"--mask={mask}", f"--predict={predict}")
+    tokenizer = build_tokenizer(f"dvae:{dvae}")
+    objective = pretrain.make_objective(config, torch.device("cpu"), tokenizer)
+    shake(objective.model)
+    dataset = views_of(config, objective.token_size, train=True)
+    batch = masking.to_device(torch.utils.data.default_collate([dataset[0, i] for i in range(5)]),
+                              torch.device("cpu"), config.norm)
+    masks = batch["mask"].numpy().reshape(5, 64)
+    assert 0.35 < masks.mean() <= 0.41 if mask != "none" else not masks.any()
+    with torch.no_grad():
+        loss, metrics = objective(batch, objective.denominators(batch), 0.0)
+        tokens = tokenizer.logits(batch["token_images"]).numpy().argmax(axis=1).reshape(5, 64)
+        logits = objective.model(batch["images"], batch["mask"], torch.arange(5 * 64))
+    logits = logits.double().numpy().reshape(5, 64, 32)
+    where = masks if predict == "masked" else np.ones((5, 64), bool)
+    right = np.take_along_axis(logits, tokens[..., None], 2)[..., 0]
+    surprise = np.log(np.exp(logits).sum(axis=2)) - right  # -log p of the token, for each patch
+    assert math.isclose(loss, surprise[where].mean(), rel_tol=1e-5)
+    hits = (logits.argmax(axis=2) == tokens)[where]
+    assert math.isclose(metrics["accuracy"], hits.mean(), abs_tol=1e-6)
+
+
 def test_processes_and_accumulation_do_not_change_the_gradient(tmp_path, dvae):
     words = [*TOY, f"--tokenizer=dvae:{dvae}", "--steps=1", "--drop_path=0", "--batch_size=10"]
     words += ["--clip_grad=0", "--eval_every=1"]
