@@ -1844,9 +1844,8 @@ def test_the_loss_is_equation_2_over_the_patches_to_predict(mask, predict, dvae)
     tokenizer = build_tokenizer(f"dvae:{dvae}")
     objective = pretrain.make_objective(config, torch.device("cpu"), tokenizer)
     shake(objective.model)
-    dataset = views_of(config, objective.token_size, train=True)
-    batch = masking.to_device(torch.utils.data.default_collate([dataset[0, i] for i in range(5)]),
-                              torch.device("cpu"), config.norm)
+    views = views_of(config, objective.token_size, train=True)
+    batch = masking.sample_batch(views, 5, torch.device("cpu"))
     masks = batch["mask"].numpy().reshape(5, 64)
     assert 0.35 < masks.mean() <= 0.41 if mask != "none" else not masks.any()
     with torch.no_grad():
