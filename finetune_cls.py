@@ -22,7 +22,6 @@ Images, mixing, and what looks at a trained network follow. The plumbing is pret
 """
 
 import csv
-import functools
 import glob
 import io
 import math
@@ -34,24 +33,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ImageDraw, ImageOps
-from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
-    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, batches_of_steps, derive_seed,
-    folder_images, make_loader, micro_batches, named_images, normalise, open_pictures,
-    patch_grid, rank, read_image, world_size,
+    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, copy_to, derive_seed, evenly,
+    folder_images, make_loader, named_images, normalize, open_pictures, patch_grid, rank,
+    read_image, world_size,
 )
 from model import (
     Classifier, LinearProbes, ViT, load_weights, optional, read_network, write_atomically,
 )
 from pretrain import (
-    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, as_trained, autocast, check_range,
-    learning_rate, local_rank0_first, log, measure_speed, no_progress_bar, parse_args, prepare,
-    read_metrics, run, run_length, save_columns, setup_device, vit_config,
+    RUN_CHOICES, Free, Objective, RunConfig, all_reduce_sum, as_trained, autocast, check_range,
+    divide, evaluate, fit, local_rank0_first, log, need_weights, no_progress_bar, parse_args,
+    read_metrics, run, save_columns, setup_device, vit_config,
 )
 
 # ---- options -------------------------------------------------------------------------------------
@@ -60,157 +58,113 @@ from pretrain import (
 
 @dataclass
 class Config(RunConfig):
-    data: str = "imagenet"  # folder with train/CLASS/ and val/CLASS/, or with CLASS/
-    out: str = "out/imagenet"  # one folder per run: checkpoint.pt, metrics.jsonl, config.json
+    data: Free[str] = "imagenet"  # folder with train/CLASS/ and val/CLASS/, or with CLASS/
+    out: Free[str] = "out/imagenet"  # one folder per run: checkpoint.pt, metrics.jsonl, config.json
     weights: str = "out/run/checkpoint.pt"  # what to start from (README); none: from scratch
     epochs: float = 100  # passes over the data; from scratch a ViT needs three times as many
     batch_size: int = 1024  # images per step over ALL processes; for half of it halve the lr
+    repeats: int = 3  # views of an image per batch: repeated augmentation (arXiv 1902.05509)
     lr: float = 4e-3  # peak for the head, less below it (layer_decay); the paper tries 2e-3 to 5e-3
     min_lr: float = 1e-6  # where the schedule ends
     warmup_epochs: float = 20  # linear warm-up; without it the new head would upset the backbone
+    layer_decay: float = 0.65  # a layer's lr over the lr of the layer above; 1: no decay
     clip_grad: float = 0.0  # largest gradient norm, 0 for none, as in table 13
-    eval_every: int = 1251  # steps between evaluations, here an epoch of ImageNet; 0: at the end
+    eval_every: Free[int] = 1251  # steps between evaluations, here an epoch of ImageNet; 0: at the end
     task: str = "train"  # see the top of the file
-    layer_decay: float = 0.65  # ratio of a layer's lr to that of the layer above; 1: no decay
     mixup: float = 0.8  # alpha of mixup (arXiv 1710.09412), 0 for none; for long runs only
     cutmix: float = 1.0  # alpha of cutmix (arXiv 1905.04899), 0 for none; each has half the batches
     smoothing: float = 0.1  # label smoothing; against overconfidence and for noisy labels
     randaug: float = 9.0  # RandAugment's magnitude out of 10, 0 for none; less for tiny images
     randaug_noise: float = 0.5  # standard deviation of that magnitude from operation to operation
     erasing: float = 0.25  # probability that a rectangle of the image becomes noise
-    repeats: int = 3  # views of an image per batch: repeated augmentation (arXiv 1902.05509)
     crop_min: float = 0.08  # least area of a crop; raise it where images are tiny
     eval_crop: float = 0.875  # share of the side that evaluation sees; 1 at 384 px or tiny images
     labels_per_class: int = 0  # train on this many images per class, drawn by the seed; 0: all
-    sam_rho: float = 0.0  # radius of sharpness-aware minimisation, such as 0.05; doubles the time
     probe_layer: int = 0  # layer that --task=probe and knn look at, from 1; 0: each of them
     neighbours: int = 20  # of --task=knn; more of them smooth over rare classes
-    query: str = ""  # row,column of the patch that --task=attention looks from; empty: the middle
-    runs: tuple = ()  # the folders that --task=curves draws
+    query: Free[str] = ""  # row,column of the patch that --task=attention looks from; empty: the middle
+    runs: Free[tuple] = ()  # the folders that --task=curves draws
 
 
 # What differs from the recipe
-LARGE = {"size": "large", "layer_decay": 0.75, "repeats": 1}
-IMAGENET384 = {
-    "image_size": 384,
-    "weights": "out/imagenet/checkpoint.pt",
-    "out": "out/imagenet384",
-    "epochs": 10,
-    "lr": 4e-4,
-    "warmup_epochs": 1,
-    "eval_crop": 1.0,
-    "micro_batch": 32,
-}
-CIFAR100 = {
-    "data": "cifar100",
-    "out": "out/cifar100_cls",
-    "epochs": 150,
-    "batch_size": 512,
-    "weight_decay": 0.3,
-    "erasing": 0.0,
-    "eval_crop": 1.0,
-    "eval_every": 97,
-}
-PLAIN = {
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "smoothing": 0.0,
-    "randaug": 0.0,
-    "erasing": 0.0,
-    "repeats": 1,
-}
-PROBE = {
-    **PLAIN,
-    "task": "probe",
-    "epochs": 50,
-    "lr": 4e-3,
-    "weight_decay": 1e-4,
-    "warmup_epochs": 0,
-    "drop_path": 0.0,
-}
-CIFAR10 = {
-    **PLAIN,
-    "data": "cifar10",
-    "weights": "out/cifar10/checkpoint.pt",
-    "out": "out/cifar10_cls",
-    "size": "nano",
-    "image_size": 32,
-    "patch_size": 4,
-    "epochs": 30,
-    "batch_size": 64,
-    "lr": 2e-3,
-    "layer_decay": 0.75,
-    "warmup_epochs": 2,
-    "smoothing": 0.1,
-    "crop_min": 0.4,
-    "eval_crop": 1.0,
-    "num_workers": 2,
-    "log_every": 25,
-    "eval_every": 781,
-    "save_every": 500,
-}
-SHAPES = {
-    **CIFAR10,
-    "data": "shapes",
-    "weights": "out/shapes/checkpoint.pt",
-    "out": "out/shapes_cls",
-    "image_size": 64,
-    "patch_size": 8,
-    "epochs": 25,
-    "warmup_epochs": 5,
-    "crop_min": 0.5,
-    "labels_per_class": 100,
-    "eval_every": 100,
-}
-TINY_PROBE = {**PROBE, "epochs": 10, "batch_size": 256}
+LARGE = dict(size="large", layer_decay=0.75, repeats=1)
+IMAGENET384 = dict(
+    weights="out/imagenet/checkpoint.pt", out="out/imagenet384", image_size=384, micro_batch=32,
+    epochs=10, warmup_epochs=1, lr=4e-4, eval_crop=1.0,
+)
+CIFAR100 = dict(
+    data="cifar100", out="out/cifar100_cls", eval_crop=1.0, erasing=0.0,
+    epochs=150, batch_size=512, weight_decay=0.3, eval_every=97,
+)
+PLAIN = dict(mixup=0.0, cutmix=0.0, smoothing=0.0, randaug=0.0, erasing=0.0, repeats=1)
+PROBE = PLAIN | dict(task="probe", epochs=50, lr=4e-3, weight_decay=1e-4, warmup_epochs=0,
+                     drop_path=0.0)
+CIFAR10 = PLAIN | dict(
+    data="cifar10", weights="out/cifar10/checkpoint.pt", out="out/cifar10_cls",
+    size="nano", image_size=32, patch_size=4, crop_min=0.4, eval_crop=1.0, num_workers=2,
+    epochs=30, warmup_epochs=2, batch_size=64, lr=2e-3, layer_decay=0.75, smoothing=0.1,
+    log_every=25, eval_every=781, save_every=500,
+)
+SHAPES = CIFAR10 | dict(
+    data="shapes", weights="out/shapes/checkpoint.pt", out="out/shapes_cls",
+    image_size=64, patch_size=8, crop_min=0.5, labels_per_class=100,
+    epochs=25, warmup_epochs=5, eval_every=100,
+)
+TINY_PROBE = PROBE | dict(epochs=10, batch_size=256)
 PRESETS = {
-    "imagenet": {},
-    "large": {**LARGE, "out": "out/large", "epochs": 50, "warmup_epochs": 5},
+    "imagenet": dict(),
+    "large": LARGE | dict(out="out/large", epochs=50, warmup_epochs=5),
     "imagenet384": IMAGENET384,
-    "large384": {
-        **IMAGENET384,
-        **LARGE,
-        "weights": "out/large/checkpoint.pt",
-        "out": "out/large384",
-    },
-    "probe": {**PROBE, "out": "out/imagenet_probe"},
+    "large384": IMAGENET384 | LARGE | dict(weights="out/large/checkpoint.pt", out="out/large384"),
+    "probe": PROBE | dict(out="out/imagenet_probe"),
     "cifar100": CIFAR100,
-    "cifar100_probe": {**CIFAR100, **PROBE, "out": "out/cifar100_probe", "batch_size": 1024},
+    "cifar100_probe": CIFAR100 | PROBE | dict(out="out/cifar100_probe", batch_size=1024),
     "cifar10": CIFAR10,
-    "cifar10_probe": {**CIFAR10, **TINY_PROBE, "out": "out/cifar10_probe"},
+    "cifar10_probe": CIFAR10 | TINY_PROBE | dict(out="out/cifar10_probe"),
     "shapes": SHAPES,
-    "shapes_probe": {**SHAPES, **TINY_PROBE, "out": "out/shapes_probe", "labels_per_class": 0},
+    "shapes_probe": SHAPES | TINY_PROBE | dict(out="out/shapes_probe", labels_per_class=0),
 }
 
 # ---- the objective -------------------------------------------------------------------------------
 
 
-class Classification(nn.Module):
-    """Cross entropy with label smoothing, a mean over the images of the global batch."""
+class Classification(Objective):
+    """Cross entropy with label smoothing, a mean over the images of the global batch. `images` are
+    the training images; with `trained` the weights are those of a classifier, to be evaluated."""
 
-    def __init__(self, config, classes):
+    def __init__(self, config, images, trained=False):
         super().__init__()
-        self.classes = classes  # their names
         self.smoothing = config.smoothing
-        self.model = self.make_model(config, len(classes))
+        self.notes = {"classes": images.classes}  # their names
+        self.trained = trained
+        self.model = self.make_model(config, len(images.classes))
+        alphas = {v2.MixUp: config.mixup, v2.CutMix: config.cutmix}
+        self.mixing = [kind(alpha=alpha, num_classes=len(images.classes))
+                       for kind, alpha in alphas.items() if alpha]
         if config.weights != "none":
-            log(load_weights(self.model, config.weights, head=config.task == "eval"))
+            log(load_weights(self.model, config.weights, head=trained))
 
     def make_model(self, config, num_classes):
         return Classifier(vit_config(config, shared=False), num_classes)
 
-    def denominators(self, batch):
-        return [len(batch["images"])]
+    def inputs(self, batch, device):
+        """Images and labels (B,); in training mixed with the image before: labels (B, classes)."""
+        inputs = {name: copy_to(device, batch[name]) for name in ("images", "labels")}
+        return v2.RandomChoice(self.mixing)(inputs) if self.mixing and self.training else inputs
 
-    def forward(self, batch, denominators):
-        """This batch's share of the mean; `labels` are (B,) int64, or (B, classes) when mixed."""
-        logits = self.model(batch["images"]).float()  # (B, classes)
-        loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.smoothing)
-        return loss * (len(logits) / denominators[0])
+    def forward(self, inputs, denominators, progress):
+        logits = self.model(inputs["images"]).float()  # (B, classes)
+        loss = F.cross_entropy(logits, inputs["labels"], label_smoothing=self.smoothing)
+        return loss * (len(logits) / denominators[0]), {}
 
-    def eval_sums(self, batch):
-        """Sums over a batch: the loss, and how many labels are first or among the first five."""
-        return self.score(self.model(batch["images"]).float(), batch["labels"])
+    def eval_sums(self, inputs, progress):
+        """The loss, how many labels are first or among the first five, and the confusion of trained
+        weights."""
+        logits = self.model(inputs["images"]).float()
+        sums = self.score(logits, inputs["labels"])
+        if self.trained:
+            sums["confusion"] = confusion(inputs["labels"], logits.argmax(1), logits.shape[1])
+        return sums
 
     def score(self, logits, labels):
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
@@ -218,134 +172,72 @@ class Classification(nn.Module):
         return {"loss": loss, "top1": top5[:, 0].sum(), "top5": top5.sum()}
 
     def finish(self, sums, denominators):
-        return {name: value / denominators[0] for name, value in sums.items()}
+        metrics = super().finish(sums, denominators)
+        if self.trained:
+            metrics["confusion"] = sums["confusion"]
+        return metrics
+
+    def table(self, metrics):
+        return confusion_table(metrics["confusion"], self.notes["classes"]) if self.trained else ""
+
+    @staticmethod
+    def label(value):
+        """What the loss wants of an image's label: the number of its class."""
+        if value != int(value):
+            raise BadInput(f"label {value}: is no number of a class; a regression needs an objective "
+                           "of its own")
+        return int(value)
+
+    @staticmethod
+    def describe(images):
+        """A line on the labels of held-out images: the accuracy of always naming one class."""
+        counts = np.bincount([int(images.read_label(key)) for key in images.keys])
+        return (f"{len(images.classes)} classes, {100 * counts.max() / counts.sum():.1f}% of the "
+                "held-out images in the most frequent one")
+
+    @staticmethod
+    def check(config):
+        vit_config(config, shared=False)  # raises BadInput if there is no such network
+        check_range(config, 0, math.inf, "mixup", "cutmix", "randaug_noise", "labels_per_class")
+        check_range(config, 0.01, 1, "eval_crop")
+        check_range(config, 0, 0.99, "smoothing")
+        check_range(config, 0, 1, "erasing")
+        check_range(config, 0, 10, "randaug")
 
 
-# ---- the loop ------------------------------------------------------------------------------------
-
-
-def train(config, objective_class=Classification):
-    """One run, from its checkpoint if there is one. Returns whether it is done."""
+def train(config):
+    """One run of the objective of --task. Returns whether it is done."""
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_labelled, config)
-    steps, steps_per_epoch, warmup = run_length(config, len(train_images))
-
     torch.manual_seed(config.seed)
-    num_classes = len(train_images.classes)
-    objective = objective_class(config, train_images.classes).to(device)
-    dataset = LabelledViews(train_images, config, train=True)
-    val_dataset = LabelledViews(val_images, config, train=False)
-    model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype,
-                                                    config.layer_decay)
-    log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
-        f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out, "
-        f"{num_classes} classes, {100 * most_frequent(val_images):.1f}% in the most frequent one")
-
-    batches = batches_of_steps(range(start, steps), len(dataset), config.batch_size, config.seed,
-                               config.repeats)
-    loader = make_loader(dataset, batches, config.num_workers, device)
-    val_batches = batches_of_all(len(val_dataset), config.micro_batch)
-    val_loader = make_loader(val_dataset, val_batches, config.num_workers, device)
-    logger = Logger(config, train_images, start, steps, steps_per_epoch)
-
-    for step, batch in enumerate(loader, start):
-        # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the sums are divided by, and whether a process was asked to stop.
-        *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
-        if stop:
-            break
-        lr = learning_rate(config, step, steps, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        seed = derive_seed(config.seed, step, rank())
-        mixed = mix(to_device(batch, device), config, num_classes, seed)
-        torch.manual_seed(seed)  # for stochastic depth
-        metrics = {}
-        micros = micro_batches(mixed, config.micro_batch)
-        for number, micro in enumerate(micros, 1):
-            model.require_backward_grad_sync = number == len(micros)  # DDP's switch
-            with autocast(device, dtype):
-                loss = model(micro, denominators)
-            # each loss is its share of the global mean, to be added up; DDP averages gradients over
-            # the processes, so this undoes its division
-            scaler.scale(loss * world_size()).backward()
-            metrics["loss"] = metrics.get("loss", 0) + loss.detach()
-        if config.sam_rho:
-            sam_gradients(model, micros, denominators, scaler, config, dtype, seed)
-        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-        scaler.step(optimizer)
-        scaler.update()  # and this lowers the scale
-        optimizer.zero_grad(set_to_none=True)
-
-        # the logger adds up the processes' shares; this norm is the same in all of them
-        metrics["grad_norm"] = grad_norm / world_size()
-        to_log, to_evaluate, to_save = logger.add(metrics, batch)  # no GPU waits until one is due
-        if not (to_log or to_evaluate or to_save):
-            continue
-        record = logger.read(lr)
-        if to_evaluate:
-            objective.eval()
-            record |= evaluate(objective, val_loader, device, dtype)
-            objective.train()
-        logger.write(record)
-        if to_save:
-            save(logger.done)
-    return logger.close(save)
-
-
-@torch.no_grad()
-def evaluate(objective, loader, device, dtype):
-    """Means over the held-out images, each counted once whatever the number of processes: val_*."""
-    sums = {}
-    for batch in loader:
-        with autocast(device, dtype):
-            parts = objective.eval_sums(to_device(batch, device))
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0) + value.flatten().cpu().double()
-    sums = {name: np.array(all_reduce_sum(*value.tolist())) for name, value in sums.items()}
-    metrics = objective.finish(sums, [len(loader.dataset)])
-    return {f"val_{name}": float(np.squeeze(value)) for name, value in metrics.items()}
+    objective = OBJECTIVES[config.task](config, train_images).to(device)
+    log(objective.describe(val_images))
+    dataset = LabelledViews(train_images, config, True, objective.label)
+    val_dataset = LabelledViews(val_images, config, False, objective.label)
+    return fit(objective, dataset, val_dataset, config, device, dtype)
 
 
 def evaluate_weights(config):
     """--task=eval: the metrics of a fine-tuned network, and what it confuses."""
+    config = as_trained(config, "eval_crop")
     device, dtype = setup_device(config)
-    classes = read_network(config.weights)[2].get("classes")
-    val_images = local_rank0_first(open_labelled, config, classes)[1]
-    objective = Evaluation(config, val_images.classes).to(device).eval()
-    dataset = LabelledViews(val_images, config, train=False)
-    keys = batches_of_all(len(dataset), config.micro_batch)
-    loader = make_loader(dataset, keys, config.num_workers, device)
-    metrics = evaluate(objective, loader, device, dtype)
-    log(confusion_table(objective.confusion, objective.classes))
+    known = read_network(config.weights)[2]
+    objective_class = OBJECTIVES.get(known.get("config", {}).get("task"), Classification)
+    images = local_rank0_first(open_labelled, config, known.get("classes"), False)[1]
+    objective = objective_class(config, images, trained=True).to(device)
+    dataset = LabelledViews(images, config, False, objective.label)
+    metrics = evaluate(objective, dataset, config, device, dtype)
     log(f"{len(dataset):,} images", *(f"{k} {v:.6g}" for k, v in metrics.items()))
     return metrics
 
 
-def check(config):
-    """Raise BadInput for values that mean nothing, before anything is loaded."""
-    depth = vit_config(config, shared=False).depth  # says so if there is no such network
-    if config.weights == "none" and config.task != "train":
-        raise BadInput(f"--task={config.task}: give --weights=FILE, what it is to look at")
-    check_range(config, 1, math.inf, "repeats", "neighbours")
-    check_range(config, 0, math.inf, "mixup", "cutmix", "randaug_noise", "labels_per_class",
-                "sam_rho")
-    check_range(config, 0.01, 1, "eval_crop")
-    check_range(config, 0, 0.99, "smoothing")
-    check_range(config, 0, 1, "erasing")
-    check_range(config, 0, 10, "randaug")
-    check_range(config, 0, depth, "probe_layer")
-
-
 def main(argv=None):
-    config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
-    if config.runs and config.task != "curves":
+    tasks = {**OBJECTIVES, **OTHER_TASKS}
+    config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": tasks}, argv, __doc__)
+    if config.runs and tasks[config.task] is not curves:
         raise BadInput(f"{config.runs[0]}: is no option; those are --NAME=VALUE")
-    if config.task in ("eval", "predict", "knn") and config.weights != "none":
-        config = as_trained(config, "eval_crop")
-    check(config)
-    return bench(config) if config.bench else TASKS[config.task](config)
+    OBJECTIVES.get(config.task, Classification).check(config)
+    return train(config) if config.task in OBJECTIVES else OTHER_TASKS[config.task](config)
 
 
 # ==== A first reading can stop here: above is all of fine-tuning ==================================
@@ -353,28 +245,26 @@ def main(argv=None):
 # ---- labelled images -----------------------------------------------------------------------------
 
 
-def open_labelled(config, classes=None):
+def open_labelled(config, classes=None, needs_training=True):
     """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder
     with train/CLASS/ and val/CLASS/, or with CLASS/, where a tenth is held out. The labels of a
-    folder number `classes`, or else its classes. --task=eval needs no train/."""
+    folder number `classes`, or else its own classes."""
     train_folder = os.path.join(config.data, "train")
     val_folder = os.path.join(config.data, "val")
     if named := named_images(config.data, config.image_size):
         train, val = named
     elif os.path.isdir(train_folder) or os.path.isdir(val_folder):
         train = val = open_classes(val_folder, classes)
-        if config.task != "eval":
+        if needs_training:
             train = open_classes(train_folder, classes, without=val.keys)
     else:
         images = open_classes(config.data, classes)
         val, train = images.split(max(1, len(images) // 10))
     if not train.read_label or not val.read_label:
         raise BadInput(f"--data={config.data}: has no labels")
-    if odd := set(train.classes) ^ set(val.classes):
+    if odd := set(train.classes or ()) ^ set(val.classes or ()):
         raise BadInput(f"--data={config.data}: {len(train.classes)} classes in train/, "
                        f"{len(val.classes)} in val/; {min(odd)} is in one only")
-    if len(val) < world_size():
-        raise BadInput(f"--data={config.data}: {len(val)} held-out images are too few")
     if config.labels_per_class:
         labels = np.array([train.read_label(key) for key in train.keys])
         train = train.subset(few_of_each(labels, config.labels_per_class, config.seed))
@@ -382,8 +272,8 @@ def open_labelled(config, classes=None):
 
 
 def open_classes(where, classes=None, without=()):
-    """The images of where/CLASS/, less those of the paths in `without`. Labels number `classes`,
-    or else the folders in the order of their names."""
+    """The images of where/CLASS/, but not those that the paths in `without` lead to. Labels number
+    `classes`, or else the folders in the order of their names."""
     images = folder_images(where, without)
     if not len(images):
         raise BadInput(f"{where}: no such folder, or no images in it; --data holds train/CLASS/ "
@@ -404,12 +294,6 @@ def open_classes(where, classes=None, without=()):
     return replace(images, classes=classes, read_label=labels.__getitem__)
 
 
-def most_frequent(images):
-    """The share of the most frequent class: the accuracy of always naming that."""
-    counts = np.bincount([int(images.read_label(key)) for key in images.keys])
-    return counts.max() / counts.sum()
-
-
 def few_of_each(labels, count, seed):
     """The indices of `count` labels of each class, drawn by the seed, in order."""
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -418,24 +302,24 @@ def few_of_each(labels, count, seed):
 
 
 class LabelledViews(Dataset):
-    """dataset[epoch, index] is a dict, all of it a function of (seed, epoch, index):
-    images   (3, H, W), normalised float32
-    labels   the number of its class; -1 where there are no labels
+    """dataset[epoch, index, progress] is a dict, all of it a function of (seed, epoch, index):
+    images   (3, H, W), normalized float32
+    labels   what `label` makes of its label; -1 where there are no labels
     skipped  whether it shows the next image because this one is unreadable
     """
 
-    def __init__(self, images, config, train):
+    def __init__(self, images, config, train, label=int):
         self.images = images
         self.config = config
+        self.label = label
         size = config.image_size
         if train:
             crop = v2.RandomResizedCrop(size, (config.crop_min, 1.0), interpolation=BICUBIC)
             steps = [crop, v2.RandomHorizontalFlip()]
-            if config.randaug:
-                augment = functools.partial(rand_augment, config.randaug, config.randaug_noise)
-                steps += [v2.ToPILImage(), augment]  # tensors cannot be turned bicubically
+            if config.randaug:  # with Pillow: tensors cannot be turned bicubically
+                steps += [v2.ToPILImage(), NoisyRandAugment(config.randaug, config.randaug_noise)]
         else:  # with Pillow, as other libraries evaluate
-            steps = [v2.ToPILImage(), centre_crop(size, config.eval_crop)]
+            steps = [v2.ToPILImage(), center_crop(size, config.eval_crop)]
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         steps += [v2.Normalize(*NORMS[config.norm])]
         if train and config.erasing:
@@ -446,91 +330,37 @@ class LabelledViews(Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, index, _ = key
         image, found = self.images.load(index, self.config.skip_bad_images)
         label = -1
         if self.images.read_label:
-            label = int(self.images.read_label(self.images.keys[found]))
+            label = self.label(self.images.read_label(self.images.keys[found]))
         torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
         return {"images": self.transform(image), "labels": label, "skipped": found != index}
 
 
-def centre_crop(size, share):
+def center_crop(size, share):
     """The middle of an image, which is `share` of its shorter side; with 1, the whole image."""
     if share == 1:
         return v2.Resize((size, size), BICUBIC)
     return v2.Compose([v2.Resize(round(size / share), BICUBIC), v2.CenterCrop(size)])
 
 
-def rand_augment(magnitude, noise, image):
+@dataclass
+class NoisyRandAugment:
     """RandAugment as table 13's runs had it (timm's rand-m9-mstd0.5): two operations, each left out
     half of the time, of a magnitude around 9 of 10. torchvision counts 31 steps, from 0 to 30."""
-    grey = [124, 116, 104]  # ImageNet's mean
-    for _ in range(2):
-        step = int((3 * torch.normal(magnitude, noise, ())).round().clamp(0, 30))
-        if torch.rand(()) < 0.5:
-            image = v2.RandAugment(1, step, interpolation=BICUBIC, fill=grey)(image)
-    return image
 
+    magnitude: float
+    noise: float
 
-def to_device(batch, device):
-    return {name: batch[name].to(device, non_blocking=True) for name in ("images", "labels")}
-
-
-def mix(batch, config, num_classes, seed):
-    """Mixup or cutmix of each image with the one before it, drawn by the seed; labels become soft,
-    (B, classes)."""
-    alphas = {v2.MixUp: config.mixup, v2.CutMix: config.cutmix}
-    kinds = [kind(alpha=a, num_classes=num_classes) for kind, a in alphas.items() if a]
-    torch.manual_seed(seed)
-    return v2.RandomChoice(kinds)(batch) if kinds else batch
-
-
-def bench(config):
-    """--bench: how fast images are loaded and learnt from."""
-    device, dtype = setup_device(config)
-    images = local_rank0_first(open_labelled, config)[0]
-    objective = Classification(config, images.classes).to(device)
-    dataset = LabelledViews(images, config, train=True)
-
-    def to_inputs(batch):
-        return mix(to_device(batch, device), config, len(images.classes), config.seed)
-
-    def loss_of(model, inputs):
-        return model(inputs, objective.denominators(inputs))
-
-    measure_speed(config, objective, dataset, device, dtype, to_inputs, loss_of)
-
-
-# ---- sharpness-aware minimisation ----------------------------------------------------------------
-
-
-def sam_gradients(model, micros, denominators, scaler, config, dtype, seed):
-    """Replace the gradients by those at the worst place near the weights (arXiv 2010.01412)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = sam_perturb(trained, config.sam_rho)
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(seed)  # for the same stochastic depth
-    for number, micro in enumerate(micros, 1):
-        model.require_backward_grad_sync = number == len(micros)
-        with autocast(micro["images"].device, dtype):
-            loss = model(micro, denominators)
-        scaler.scale(loss * world_size()).backward()
-    with torch.no_grad():
-        for parameter, value in zip(trained, before, strict=True):
-            parameter.copy_(value)
-
-
-@torch.no_grad()
-def sam_perturb(parameters, rho):
-    """Move the weights w to w + rho * g / |g|, the worst place around them (eq. 2), and return them
-    as they were. A gradient that float16 made infinite moves nothing."""
-    before = [parameter.clone() for parameter in parameters]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    scale = torch.where(norm.isfinite(), rho / (norm + 1e-12), 0.0)
-    for parameter in parameters:
-        parameter.add_(parameter.grad.nan_to_num(0.0, 0.0, 0.0) * scale)
-    return before
+    def __call__(self, image):
+        for _ in range(2):
+            step = int((3 * torch.normal(self.magnitude, self.noise, ())).round().clamp(0, 30))
+            if torch.rand(()) < 0.5:  # the fill is ImageNet's mean
+                augment = v2.RandAugment(1, step, interpolation=BICUBIC, fill=[124, 116, 104])
+                image = augment(image)
+        return image
 
 
 # ---- frozen features: probes and nearest neighbours ----------------------------------------------
@@ -544,53 +374,54 @@ class LinearProbing(Classification):
         arch = vit_config(config, shared=False)
         return LinearProbes(arch, num_classes, probed_layers(config, arch))
 
-    def forward(self, batch, denominators):
-        logits = self.model(batch["images"]).float()  # (layers, B, classes)
-        labels = batch["labels"].repeat(len(logits))  # (layers * B,)
+    def forward(self, inputs, denominators, progress):
+        logits = self.model(inputs["images"]).float()  # (layers, B, classes)
+        labels = inputs["labels"].repeat(len(logits))  # (layers * B,)
         loss = F.cross_entropy(logits.flatten(0, 1), labels)
-        return loss * (logits.shape[1] / denominators[0])
+        return loss * (logits.shape[1] / denominators[0]), {}
 
-    def score(self, logits, labels):
-        return torch.vmap(super().score, (0, None))(logits, labels)  # sums of (layers,)
+    def eval_sums(self, inputs, progress):
+        logits = self.model(inputs["images"]).float()
+        rows = [self.score(row, inputs["labels"]) for row in logits]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}  # (layers,)
 
     def finish(self, sums, denominators):
-        means = super().finish(sums, denominators)
+        means = divide(sums, denominators[0])
         best = means["top1"].argmax()
-        metrics = {name: value[best] for name, value in means.items()}
-        for layer, value in zip(self.model.probed, means["top1"], strict=True):
-            metrics[f"top1_layer_{layer}"] = value
-        return metrics
+        layers = {f"top1_layer_{layer}": value
+                  for layer, value in zip(self.model.probed, means["top1"], strict=True)}
+        return {name: value[best] for name, value in means.items()} | layers
+
+    def table(self, metrics):
+        return layer_table(metrics)
+
+    @staticmethod
+    def check(config):
+        Classification.check(config)
+        need_weights(config)
+        for name, plain in PLAIN.items():
+            if getattr(config, name) != plain:
+                raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
+                               "crops and flips only (appendix D); give --preset=probe, or another "
+                               "that ends so")
 
 
 def probed_layers(config, arch):
+    check_range(config, 0, arch.depth, "probe_layer")
     return [config.probe_layer] if config.probe_layer else list(range(1, arch.depth + 1))
 
 
-def probe(config):
-    """--task=probe: train the classifiers, and print the accuracy of each."""
-    for name, plain in PLAIN.items():
-        if getattr(config, name) != plain:
-            raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
-                           "crops and flips only (appendix D); give --preset=probe, or another "
-                           "that ends so")
-    done = train(config, LinearProbing)
-    if done and rank() == 0:
-        print_table(read_metrics(os.path.join(config.out, "metrics.jsonl"))[-1])
-    return done
-
-
-def print_table(metrics):
+def layer_table(metrics):
     """The accuracy of each layer's features."""
-    log("layer  top-1")
-    for layer, accuracy in layer_accuracies(metrics).items():
-        log(f"{layer:>5}  {accuracy:5.2f}%")
+    rows = [f"{layer:>5}  {accuracy:5.2f}%" for layer, accuracy in layer_accuracies(metrics).items()]
+    return "\n".join(["layer  top-1", *rows])
 
 
 def layer_accuracies(metrics):
     """{layer: held-out accuracy in percent} of a probe or of nearest neighbours."""
-    prefix = "val_top1_layer_"
-    return {int(name.removeprefix(prefix)): 100 * value for name, value in metrics.items()
-            if name.startswith(prefix)}
+    found = {re.fullmatch(r"(?:val_)?top1_layer_(\d+)", name): value
+             for name, value in metrics.items()}
+    return {int(match[1]): 100 * value for match, value in found.items() if match}
 
 
 @torch.no_grad()
@@ -599,6 +430,8 @@ def knn(config):
     it needs no training, so that one can watch a pre-training improve."""
     if world_size() > 1:
         raise BadInput("--task=knn runs in one process: start it without torchrun")
+    check_range(config, 1, math.inf, "neighbours")
+    config = as_trained(config, "eval_crop")
     device, dtype = setup_device(config)
     train_images, val_images = open_labelled(config)
     model = ViT(vit_config(config, shared=False))
@@ -614,7 +447,7 @@ def knn(config):
                  for part in rows.split(256)]
         metrics[f"val_top1_layer_{layer}"] = (torch.cat(found) == truth).float().mean().item()
     log(f"{count} nearest of {len(labels):,} training images, {len(truth):,} held out")
-    print_table(metrics)
+    log(layer_table(metrics))
     return metrics
 
 
@@ -653,39 +486,20 @@ def confusion(truth, predicted, classes):
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-class Evaluation(Classification):
-    """Classification that also counts what each class is taken for, in `confusion`."""
-
-    def score(self, logits, labels):
-        matrix = confusion(labels, logits.argmax(dim=1), len(self.classes))
-        return {**super().score(logits, labels), "confusion": matrix}
-
-    def finish(self, sums, denominators):
-        self.confusion = sums.pop("confusion").reshape(len(self.classes), -1).astype(int)
-        return super().finish(sums, denominators)
-
-
 def confusion_table(matrix, classes):
-    """The accuracy of up to 50 classes and what each is mostly taken for, or the 20 pairs that are
-    confused most; `matrix` as in `confusion`."""
+    """The accuracy of each class and what it is mostly taken for; of more than 50 classes those 50
+    with the lowest accuracy. `matrix` as in `confusion`."""
     totals = matrix.sum(axis=1)
     shares = 100 * matrix / totals.clip(min=1)[:, None]
-    wrong = matrix - np.diag(matrix.diagonal())
+    wrong = shares - np.diag(shares.diagonal())
+    accuracy = np.where(totals > 0, shares.diagonal(), np.inf)
     width = max(map(len, classes))
-    many = len(classes) > 50
-    if many:
-        lines = [f"{'class':{width}}  taken for"]
-        largest = np.argsort(-wrong, axis=None, kind="stable")[:20]
-        pairs = zip(*np.unravel_index(largest, wrong.shape))
-    else:
-        lines = [f"{'class':{width}}  images  top-1   mostly taken for"]
-        pairs = enumerate(wrong.argmax(axis=1))
-    for true, found in pairs:
-        line = f"{classes[true]:{width}}"
-        if not many:
-            line += f"  {totals[true]:>6}  {shares[true, true]:5.1f}%"
-        if wrong[true, found]:
-            line += f"  {classes[found]} ({shares[true, found]:.1f}%)"
+    lines = [f"{'class':{width}}  images  top-1   mostly taken for"]
+    for number in sorted(np.argsort(accuracy, kind="stable")[:50]):
+        found = wrong[number].argmax()
+        line = f"{classes[number]:{width}}  {totals[number]:6.0f}  {shares[number, number]:5.1f}%"
+        if wrong[number, found]:
+            line += f"  {classes[found]} ({wrong[number, found]:.1f}%)"
         lines.append(line)
     return "\n".join(lines)
 
@@ -695,6 +509,7 @@ def predict(config):
     """OUT/predictions.csv: the five likeliest classes of each image in the folder --data, and
     OUT/predictions.png, a contact sheet. The network, and how it wants to see images, are read from
     --weights."""
+    config = as_trained(config, "eval_crop")
     device, dtype = setup_device(config)
     images = folder_images(config.data)
     if not len(images):
@@ -718,7 +533,7 @@ def predict(config):
         top = logits.float().softmax(dim=1).topk(found.shape[1])
         rows = torch.stack([top.indices, top.values], dim=2).cpu()
         rows[batch["skipped"]] = 0  # it showed the next image
-        found[[index for _, index in part]] = rows
+        found[[index for _, index, _ in part]] = rows
     found = np.reshape(all_reduce_sum(*found.flatten().tolist()), found.shape)
     if rank() == 0:
         write_predictions(config.out, images, classes, found)
@@ -742,18 +557,17 @@ def write_predictions(out, images, classes, found):
         shown.append((path, f"{100 * pairs[0, 1]:.0f}% {row[1]}"))
     text = io.StringIO()
     csv.writer(text).writerows(table)
-    path = os.path.join(out, "predictions.csv")
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    log(f"wrote {path}: {len(shown):,} images")
-    path = os.path.join(out, "predictions.png")
-    write_atomically(path, functools.partial(contact_sheet(shown).save, format="PNG"))
-    log(f"wrote {path}")
+    with write_atomically(os.path.join(out, "predictions.csv")) as file:
+        file.write(text.getvalue().encode())
+    with write_atomically(os.path.join(out, "predictions.png")) as file:
+        contact_sheet(shown).save(file, "PNG")
+    log(f"wrote {out}/predictions.csv and .png: {len(shown):,} images")
 
 
 def contact_sheet(shown):
     """A picture of up to 64 of the images in [(path, text below it)], evenly taken."""
     tiles = []
-    for index in np.linspace(0, len(shown) - 1, min(64, len(shown))).astype(int):
+    for index in evenly(len(shown), 64):
         path, text = shown[index]
         picture = v2.functional.to_pil_image(read_image(path))
         tile = ImageOps.pad(picture, (124, 124), color="white")
@@ -794,7 +608,8 @@ def curves(config):
     axes.grid(alpha=0.3)
     axes.legend()
     path = os.path.join(config.out, "curves.png")
-    write_atomically(path, functools.partial(figure.savefig, format="png", dpi=150))
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=150)
     log("wrote", path)
 
 
@@ -818,6 +633,7 @@ def read_curve(folder):
 def attention(config):
     """OUT/attention_NAME.png for a picture, or some of a folder or data set, at its own aspect:
     what each head of the last block looks at from one patch, framed in red (section 3.4)."""
+    config = as_trained(config)
     device, _ = setup_device(config)
     arch = read_network(config.weights)[1]
     model = ViT(arch).to(device).eval()
@@ -831,7 +647,7 @@ def attention(config):
         row, column = query_patch(config.query, height, width)
         sides = [height * patch, width * patch]
         image = v2.functional.resize(picture, sides, BICUBIC)[None] / 255
-        probs = model.attention_probs(normalise(image.to(device), config.norm)).cpu()
+        probs = model.attention_probs(normalize(image.to(device), config.norm)).cpu()
         heat = probs[0, :, 1 + row * width + column, 1:]  # from that patch to all: (heads, N)
         heat = heat / heat.amax(dim=1, keepdim=True)
         heat = F.interpolate(heat.view(-1, 1, height, width), scale_factor=patch)
@@ -856,15 +672,10 @@ def query_patch(query, height, width):
     return row, column
 
 
-TASKS = {
-    "train": train,
-    "eval": evaluate_weights,
-    "predict": predict,
-    "probe": probe,
-    "knn": knn,
-    "curves": curves,
-    "attention": attention,
-}
+OBJECTIVES = {"train": Classification, "probe": LinearProbing}
+# tasks that need no loop
+OTHER_TASKS = {"eval": evaluate_weights, "predict": predict, "knn": knn, "curves": curves,
+               "attention": attention}
 
 if __name__ == "__main__":
     run(main)

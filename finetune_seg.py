@@ -13,12 +13,11 @@ Evaluate at several scales, or segment any folder of images:
     python finetune_seg.py --task=predict --weights=out/ade20k/checkpoint.pt --data=photos
 `--help` lists every option. Run a command again after it was killed, and it goes on where it was.
 
-Read from the top: options, the objective, the loop, evaluation, main. Label maps, windows and
-pictures follow. The command line, checkpoints and logs are pretrain.py's.
+Read from the top: options, the objective, main. Label maps, windows and pictures follow. The loop,
+the command line, checkpoints and logs are pretrain.py's.
 """
 
 import colorsys
-import functools
 import itertools
 import math
 import os
@@ -35,17 +34,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from finetune_cls import confusion, to_device
+from finetune_cls import confusion
 from masking import (
-    BadInput, batches_of_all, batches_of_steps, denormalise, derive_seed, folder_images,
-    local_shard, make_loader, micro_batches, named_images, normalise, permutation, rank,
-    world_size,
+    BadInput, copy_to, denormalize, derive_seed, evenly, folder_images, local_shard, named_images,
+    normalize, permutation, world_size,
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
-    RUN_CHOICES, Logger, RunConfig, all_reduce_sum, as_trained, autocast, check_range,
-    learning_rate, local_rank0_first, log, measure_speed, no_progress_bar, parse_args, prepare, run,
-    run_length, save_columns, setup_device, vit_config,
+    RUN_CHOICES, Free, Objective, RunConfig, as_trained, autocast, check_range, evaluate, fit,
+    local_rank0_first, log, no_progress_bar, parse_args, run, setup_device, vit_config,
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
@@ -56,21 +53,21 @@ ORIENTATION = ExifTags.Base.Orientation  # how a photograph is turned, from 1 to
 
 @dataclass
 class Config(RunConfig):
-    data: str = "ade20k"  # folder in ADE20K's layout, or of any images to predict
-    out: str = "out/ade20k"  # one folder per run
+    data: Free[str] = "ade20k"  # folder in ADE20K's layout, or of any images to predict
+    out: Free[str] = "out/ade20k"  # one folder per run
     weights: str = "out/run/checkpoint.pt"  # what to start from (README); none: from scratch
     image_size: int = 512  # side of crops and windows; short side of evaluated images
     epochs: float = 127  # passes over the data, if --steps=0
     steps: int = 160_000  # length of the run: ADE20K's 20,210 images are seen 127 times
     batch_size: int = 16  # images per step over ALL processes; batch norm wants 2 or more on each
-    micro_batch: int = 16  # images or windows a process computes at once; batch norm sees as many
+    micro_batch: Free[int] = 16  # images or windows a process computes at once; batch norm sees as many
     lr: float = 1e-3  # peak for the heads, less below them (layer_decay)
     min_lr: float = 0.0  # where the schedule ends
     schedule: str = "linear"  # how the lr falls after the warm-up, as in mmsegmentation
     warmup_epochs: float = 0.0  # linear warm-up, if --warmup_steps=0
     warmup_steps: int = 1500  # linear warm-up of the new heads and all below them
     clip_grad: float = 0.0  # largest gradient norm, 0 for none, as in table 14
-    eval_every: int = 16_000  # steps between evaluations with pictures, 0 for one at the end
+    eval_every: Free[int] = 16_000  # steps between evaluations with pictures, 0 for one at the end
     task: str = "train"  # see the top of the file
     num_classes: int = 150  # classes to tell apart; labels run from 1 to this (ignore_zero)
     ignore_zero: bool = True  # label 0 is "other" and ignored; false: it is the first class
@@ -80,208 +77,122 @@ class Config(RunConfig):
     scale_min: float = 0.5  # least factor that a training image is resized by before its crop
     scale_max: float = 2.0  # largest such factor; nearer to 1 where objects keep their size
     most_of_crop: float = 0.75  # a crop with more than this of one class is drawn again; 1: never
-    distort: bool = True  # brightness, contrast, saturation and hue; false where colours tell all
+    distort: bool = True  # brightness, contrast, saturation and hue; false where colors tell all
     stride: int = 341  # pixels from window to window in the evaluation: two thirds of 512
     scales: str = "1"  # sizes that --task=eval averages over: 0.5,0.75,1,1.25,1.5,1.75 for more
     flip: bool = False  # average over the mirrored image too: a bit better at twice the time
     val_images: int = 0  # held-out images an evaluation reads, 0: all; fewer for a quick look
 
 
-CAMVID = {
-    "data": "camvid",
-    "out": "out/camvid",
-    "weights": "none",
-    "size": "nano",
-    "num_classes": 11,
-    "image_size": 128,
-    "patch_size": 8,
-    "stride": 85,
-    "steps": 600,
-    "warmup_steps": 50,
-    "batch_size": 8,
-    "lr": 2e-3,
-    "layer_decay": 0.75,
-    "num_workers": 2,
-    "log_every": 25,
-    "eval_every": 300,
-    "save_every": 200,
-}
-SHAPES = {
-    **CAMVID,
-    "data": "shapes",
-    "out": "out/shapes_seg",
-    "weights": "out/shapes/checkpoint.pt",
-    "num_classes": 9,
-    "ignore_zero": False,
-    "image_size": 64,
-    "stride": 43,
-    "warmup_steps": 120,
-    "batch_size": 32,
-    "lr": 3e-3,
-    "layer_decay": 0.9,
-    "clip_grad": 1.0,
-    "val_images": 200,
-    "most_of_crop": 1.0,
-    "scale_min": 0.75,
-    "scale_max": 1.33,
-}
-PRESETS = {"ade20k": {}, "camvid": CAMVID, "shapes": SHAPES}
+CAMVID = dict(
+    data="camvid", out="out/camvid", weights="none", num_classes=11, num_workers=2,
+    size="nano", image_size=128, patch_size=8, stride=85,
+    steps=600, warmup_steps=50, batch_size=8, lr=2e-3, layer_decay=0.75,
+    log_every=25, eval_every=300, save_every=200,
+)
+SHAPES = CAMVID | dict(
+    data="shapes", out="out/shapes_seg", weights="out/shapes/checkpoint.pt",
+    num_classes=9, ignore_zero=False, val_images=200, image_size=64, stride=43,
+    warmup_steps=120, batch_size=32, lr=3e-3, layer_decay=0.9, clip_grad=1.0,
+    most_of_crop=1.0, scale_min=0.75, scale_max=1.33,
+)
+PRESETS = {"ade20k": dict(), "camvid": CAMVID, "shapes": SHAPES}
 
 # ---- the objective -------------------------------------------------------------------------------
 
 
-class Segmentation(nn.Module):
+class Segmentation(Objective):
     """Cross entropy of the pixels of SETR-PUP's head and its auxiliary heads: the mean over all
-    pixels of the global batch that are not to be ignored."""
+    pixels of the global batch that are not to be ignored. With `trained` the weights have heads, to
+    be evaluated."""
 
-    def __init__(self, config):
+    picture = "predictions.png"
+    one_by_one = True
+
+    def __init__(self, config, trained=False):
         super().__init__()
+        self.config = config
         self.model = Segmenter(vit_config(config, shared=False), config.num_classes)
-        self.aux_weight = config.aux_weight
         if config.weights != "none":
-            log(load_weights(self.model, config.weights, head=config.task != "train"))
+            log(load_weights(self.model, config.weights, head=trained))
+
+    def inputs(self, batch, device):
+        return {name: copy_to(device, batch[name]) for name in ("images", "labels")}
 
     def denominators(self, batch):
         return [int((batch["labels"] != IGNORE).sum())]
 
-    def forward(self, batch, denominators):
+    def forward(self, inputs, denominators, progress):
         """This batch's share of the mean; `labels` are (B, H, W) int64."""
-        labels = batch["labels"]
+        labels = inputs["labels"]
         losses = [F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
-                  for logits in self.model(batch["images"])]  # (B, classes, H, W) each
-        loss = losses[0] + self.aux_weight * sum(losses[1:])
-        return loss / max(1, denominators[0])  # a batch may have nothing to learn
+                  for logits in self.model(inputs["images"])]  # (B, classes, H, W) each
+        loss = losses[0] + self.config.aux_weight * sum(losses[1:])
+        return loss / max(1, denominators[0]), {}  # a batch may have nothing to learn
 
+    def eval_sums(self, inputs, progress):
+        labels = inputs["labels"]
+        found = predict_labels(self.model, inputs["images"], labels.shape[1:], self.config)
+        return {"confusion": confusion(labels, found, self.config.num_classes)}
 
-# ---- the loop ------------------------------------------------------------------------------------
+    def finish(self, sums, denominators):
+        return scores(sums["confusion"])
+
+    def table(self, metrics):
+        rows = zip(class_labels(self.config), 100 * metrics["iou"], 100 * metrics["accuracy"])
+        lines = ["{:>5}  {:5.1f}%    {:5.1f}%".format(*row) for row in rows]
+        return "\n".join(["label     IoU  accuracy", *lines])
+
+    @torch.no_grad()
+    def pictures(self, dataset, device, dtype):
+        """Held-out images, their labels and the prediction."""
+        columns = {"image": [], "truth": [], "prediction": []}
+        for index in evenly(len(dataset), 8):
+            sample = dataset[0, index, 1.0]
+            image = sample["images"][None].to(device)
+            labels = sample["labels"]
+            with autocast(device, dtype):
+                found = predict_labels(self.model, image, labels.shape, self.config)[0]
+            columns["image"].append(denormalize(image, self.config.norm).cpu())
+            columns["truth"].append(color(labels, self.config.num_classes)[None])
+            columns["prediction"].append(color(found, self.config.num_classes)[None])
+        size = columns["image"][0].shape[2:]  # all rows at the size of the first image
+        return {title: torch.cat([F.interpolate(picture, size) for picture in pictures])
+                for title, pictures in columns.items()}
 
 
 def train(config):
-    """One run, from its checkpoint if there is one. Returns whether it is done."""
+    """One run. Returns whether it is done."""
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_segmented, config)
-    steps, steps_per_epoch, warmup = run_length(config, len(train_images))
     count_labels(train_images, config)
-
     torch.manual_seed(config.seed)
     objective = Segmentation(config).to(device)
     if world_size() > 1 and device.type == "cuda":  # on the CPU each process has its own statistics
         objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     dataset = LabelMapViews(train_images, config, train=True)
     val_dataset = LabelMapViews(val_images, config, train=False)
-    model, optimizer, scaler, save, start = prepare(objective, train_images, config, device, dtype,
-                                                    config.layer_decay)
-    log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
-        f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
-
-    batches = batches_of_steps(range(start, steps), len(dataset), config.batch_size, config.seed)
-    loader = make_loader(dataset, batches, config.num_workers, device)
-    val_batches = batches_of_all(len(val_dataset), 1)  # one by one: sizes differ
-    val_loader = make_loader(val_dataset, val_batches, config.num_workers, device)
-    logger = Logger(config, train_images, start, steps, steps_per_epoch)
-
-    for step, batch in enumerate(loader, start):
-        # in one exchange between the CPUs: what the sums are divided by, and whether to stop
-        *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
-        if stop:
-            break
-        lr = learning_rate(config, step, steps, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        torch.manual_seed(derive_seed(config.seed, step, rank()))  # for stochastic depth
-        metrics = {}
-        micros = micro_batches(batch, config.micro_batch)
-        for number, micro in enumerate(micros, 1):
-            model.require_backward_grad_sync = number == len(micros)  # DDP's switch
-            with autocast(device, dtype):
-                loss = model(to_device(micro, device), denominators)
-            # each loss is its share of the global mean, to be added up; DDP averages gradients over
-            # the processes, so this undoes its division
-            scaler.scale(loss * world_size()).backward()
-            metrics["loss"] = metrics.get("loss", 0) + loss.detach()
-        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-        scaler.step(optimizer)
-        scaler.update()  # and this lowers the scale
-        optimizer.zero_grad(set_to_none=True)
-
-        # the logger adds up the processes' shares; this norm is the same in all of them
-        metrics["grad_norm"] = grad_norm / world_size()
-        to_log, to_evaluate, to_save = logger.add(metrics, batch)  # no GPU waits until one is due
-        if not (to_log or to_evaluate or to_save):
-            continue
-        record = logger.read(lr)
-        if to_evaluate:
-            objective.eval()
-            values, table = evaluate(objective, val_loader, config, device, dtype)
-            record |= values
-            if rank() == 0:
-                draw_predictions(objective, val_dataset, config, device, dtype)
-            objective.train()
-        logger.write(record)
-        if logger.done == steps:
-            log(table)
-        if to_save:
-            save(logger.done)
-    return logger.close(save)
-
-
-@torch.no_grad()
-def evaluate(objective, loader, config, device, dtype):
-    """(metrics over all held-out images, each counted once, as val_*; a table of the classes)."""
-    classes = config.num_classes
-    matrix = torch.zeros(classes, classes, dtype=torch.int64)
-    for batch in tqdm(loader, "evaluating", disable=no_progress_bar(), leave=False):
-        image = batch["images"].to(device)
-        labels = batch["labels"].to(device)
-        predicted = predict_labels(objective.model, image, labels.shape[1:], config, dtype)
-        matrix += confusion(labels, predicted, classes).cpu()
-    matrix = np.reshape(all_reduce_sum(*matrix.flatten().tolist()), matrix.shape)
-    means, iou, accuracy = scores(matrix)
-    table = ["label     IoU  accuracy"]
-    for row in zip(class_labels(config), 100 * iou, 100 * accuracy):
-        table.append("{:>5}  {:5.1f}%    {:5.1f}%".format(*row))
-    return {f"val_{name}": float(value) for name, value in means.items()}, "\n".join(table)
-
-
-def predict_labels(model, image, size, config, dtype):
-    """The class of each pixel, (1, *size) int64, of a normalised image (1, 3, H, W): probabilities
-    of all --scales, mirrored too with --flip, are averaged at the image's original `size`."""
-    total = 0
-    for scale in parse_scales(config):
-        sides = [max(1, round(scale * side)) for side in image.shape[2:]]
-        scaled = image if scale == 1 else F.interpolate(image, sides, mode="bilinear")
-        for mirrored in (False, True) if config.flip else (False,):
-            view = scaled.flip(3) if mirrored else scaled
-            with autocast(image.device, dtype):
-                logits = sliding_window(model, view, config.image_size, config.stride,
-                                        config.micro_batch)
-            logits = logits.flip(3) if mirrored else logits
-            logits = F.interpolate(logits, size, mode="bilinear")
-            total = total + logits.softmax(dim=1)
-    return total.argmax(dim=1)
+    return fit(objective, dataset, val_dataset, config, device, dtype)
 
 
 def evaluate_weights(config):
     """--task=eval: the scores of --weights on the held-out images."""
+    config = as_trained(config, *LABEL_OPTIONS)
+    check(config)
     device, dtype = setup_device(config)
-    val_images = local_rank0_first(open_segmented, config)[1]
-    count_labels(val_images, config)
-    objective = Segmentation(config).to(device).eval()
-    dataset = LabelMapViews(val_images, config, train=False)
-    loader = make_loader(dataset, batches_of_all(len(dataset), 1), config.num_workers, device)
-    record, table = evaluate(objective, loader, config, device, dtype)
-    log(table)
-    log(f"{len(dataset):,} images", *(f"{name} {value:.6g}" for name, value in record.items()))
-    return record
+    images = local_rank0_first(open_segmented, config)[1]
+    count_labels(images, config)
+    objective = Segmentation(config, trained=True).to(device)
+    dataset = LabelMapViews(images, config, train=False)
+    metrics = evaluate(objective, dataset, config, device, dtype)
+    log(f"{len(dataset):,} images", *(f"{name} {value:.6g}" for name, value in metrics.items()))
+    return metrics
 
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
-    if config.task != "train" and config.weights != "none":
-        config = as_trained(config, "num_classes", "ignore_zero", "label_values", "stride")
     check(config)
-    return bench(config) if config.bench else TASKS[config.task](config)
+    return TASKS[config.task](config)
 
 
 # ==== A first reading can stop here: above is all of fine-tuning ==================================
@@ -291,8 +202,6 @@ def main(argv=None):
 
 def check(config):
     """Raise BadInput for values that would leave pixels out, wait for ever, or fail late."""
-    if config.weights == "none" and config.task != "train":
-        raise BadInput(f"--task={config.task}: give --weights=FILE, a checkpoint.pt")
     parse_scales(config)
     class_labels(config)
     check_range(config, 0, math.inf, "aux_weight")
@@ -330,6 +239,23 @@ def sliding_window(network, image, window, stride, batch=16):
     return (total / count)[:, :, :height, :width]
 
 
+def predict_labels(model, image, size, config):
+    """The class of each pixel, (1, *size) int64, of a normalized image (1, 3, H, W): probabilities
+    of all --scales, mirrored too with --flip, are averaged at the image's original `size`."""
+    total = 0
+    for scale in parse_scales(config):
+        sides = [max(1, round(scale * side)) for side in image.shape[2:]]
+        scaled = image if scale == 1 else F.interpolate(image, sides, mode="bilinear")
+        for mirrored in (False, True) if config.flip else (False,):
+            view = scaled.flip(3) if mirrored else scaled
+            logits = sliding_window(model, view, config.image_size, config.stride,
+                                    config.micro_batch)
+            logits = logits.flip(3) if mirrored else logits
+            logits = F.interpolate(logits, size, mode="bilinear")
+            total = total + logits.softmax(dim=1)
+    return total.argmax(dim=1)
+
+
 def parse_scales(config):
     try:
         scales = [float(word) for word in config.scales.split(",")]
@@ -341,8 +267,8 @@ def parse_scales(config):
 
 
 def scores(matrix):
-    """A confusion matrix over a whole set -> (metrics, IoU of each class, accuracy of each). The
-    means leave out classes without a pixel; in the table they are nan. `baseline_miou` is what
+    """A confusion matrix over a whole set -> metrics, and the `iou` and `accuracy` of each class.
+    The means leave out classes without a pixel, whose values are nan. `baseline_miou` is what
     calling everything the most frequent class gives."""
     matrix = np.asarray(matrix, dtype=np.float64)
     correct = matrix.diagonal()
@@ -350,16 +276,14 @@ def scores(matrix):
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan
         iou = correct / (truth + matrix.sum(axis=0) - correct)
         accuracy = correct / truth
-    pixels = truth.sum()
-    if pixels == 0:
-        return dict(miou=0.0, mean_accuracy=0.0, pixel_accuracy=0.0), iou, accuracy
-    means = {
-        "miou": np.nanmean(iou),
-        "mean_accuracy": np.nanmean(accuracy),
-        "pixel_accuracy": correct.sum() / pixels,
-        "baseline_miou": truth.max() / pixels / (truth > 0).sum(),
-    }
-    return means, iou, accuracy
+        pixels = truth.sum()
+        metrics = {
+            "miou": np.nanmean(iou) if pixels else 0.0,
+            "mean_accuracy": np.nanmean(accuracy) if pixels else 0.0,
+            "pixel_accuracy": correct.sum() / pixels,
+            "baseline_miou": truth.max() / pixels / (truth > 0).sum(),
+        }
+    return {**metrics, "iou": iou, "accuracy": accuracy}
 
 
 # ---- images and label maps -----------------------------------------------------------------------
@@ -390,25 +314,31 @@ def open_folder(data, part, without=()):
     for path, label_map in label_maps.items():
         if label_map is None:
             raise BadInput(f"{path}: has no label map of its name in {maps_folder}")
-    return replace(images, read_label_map=functools.partial(read_label_map, label_maps))
+    return replace(images, read_label_map=LabelMaps(label_maps))
 
 
 def stem(path, folder):
     return os.path.splitext(os.path.relpath(path, folder))[0]
 
 
-def read_label_map(label_maps, path):
-    """The label map of an image as it is seen upright. It counts as drawn so, unless its size is
-    that of the stored pixels, before EXIF's quarter turn: then it is turned like the image."""
-    labels = read_labels(label_maps[path])
-    with Image.open(path) as image:
-        width, height = image.size
-        turn = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
-    if turn >= 5 and width != height and labels.shape == (height, width):  # the quarter turns
-        stored = Image.fromarray(labels.astype(np.int32))
-        stored.getexif()[ORIENTATION] = turn
-        labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
-    return labels
+@dataclass
+class LabelMaps:
+    """The label map of an image as it is seen upright, by the image's path. It counts as drawn so,
+    unless it has the size of the stored pixels, before EXIF's quarter turn: then it is turned like
+    the image."""
+
+    paths: dict  # of an image -> of its label map
+
+    def __call__(self, path):
+        labels = read_labels(self.paths[path])
+        with Image.open(path) as image:
+            width, height = image.size
+            turn = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
+        if turn >= 5 and width != height and labels.shape == (height, width):  # the quarter turns
+            stored = Image.fromarray(labels.astype(np.int32))
+            stored.getexif()[ORIENTATION] = turn
+            labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
+        return labels
 
 
 def read_labels(path):
@@ -422,10 +352,10 @@ def read_labels(path):
     if lossy:
         raise BadInput(f"{path}: a JPEG; its compression makes up labels. Save label maps as PNG")
     if labels.ndim == 3 and (labels[..., :3] == labels[..., :1]).all():
-        labels = labels[..., 0]  # grey, saved as a colour image
+        labels = labels[..., 0]  # grey, saved as a color image
     if labels.ndim != 2 or labels.dtype.kind == "f" or labels.min() < 0:
         raise BadInput(f"{path}: a label map has one channel of whole numbers, those of the "
-                       "classes; this holds colours or other numbers")
+                       "classes; this holds colors or other numbers")
     return labels.astype(np.int64)
 
 
@@ -447,8 +377,8 @@ def class_labels(config):
 
 def classes_of(labels, config, name):
     """Labels as they are in the file -> the numbers of classes, from 0, or IGNORE. 255 is ignored
-    where no class has it; with --label_values all that are not listed are. Raises BadInput if a
-    label is none of them."""
+    unless it is a class, and with --label_values every number that is not listed. Raises BadInput
+    for any other label."""
     numbers = class_labels(config)
     wrong = (labels > numbers.max()) & (labels != 255)
     if not config.label_values and wrong.any():
@@ -485,10 +415,10 @@ def count_labels(images, config):
 
 
 class LabelMapViews(Dataset):
-    """dataset[epoch, index] is a dict of `images` (3, H, W), normalised float32, of `labels` (H, W)
-    int64, the classes' numbers or IGNORE, and of `skipped`. In training both are an augmented crop
-    of image_size, a function of (seed, epoch, index). Held-out images are resized so that their
-    short side is image_size (table 14); their labels stay at the ORIGINAL size."""
+    """dataset[epoch, index, progress] is a dict of `images` (3, H, W), normalized float32, `labels`
+    (H, W) int64, the classes' numbers or IGNORE, and `skipped`. In training both are an augmented
+    crop of image_size, a function of (seed, epoch, index). Held-out images are resized so that
+    their short side is image_size (table 14); their labels stay at the ORIGINAL size."""
 
     def __init__(self, images, config, train):
         self.images = images
@@ -499,7 +429,7 @@ class LabelMapViews(Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, index, _ = key
         image, found = self.images.load(index, self.config.skip_bad_images)
         name = self.images.name(found)
         labels = self.images.read_label_map(self.images.keys[found])
@@ -532,13 +462,13 @@ class LabelMapViews(Dataset):
             ranges = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # mmseg's
             for name, strength in ranges.items():
                 part = v2.RandomApply([v2.ColorJitter(**{name: strength})], p=0.5)(part)
-        return normalise(part[None] / 255, config.norm)[0], part_labels.as_subclass(torch.Tensor)
+        return normalize(part / 255, config.norm), part_labels.as_subclass(torch.Tensor)
 
 
 def held_out_view(image, config):
     """An image as an evaluation sees it, (3, H, W): its short side is image_size (table 14)."""
     image = v2.functional.resize(image, fit_size(image.shape[1:], config.image_size))
-    return normalise(image[None] / 255, config.norm)[0]
+    return normalize(image / 255, config.norm)
 
 
 def fit_size(size, side, factor=1.0):
@@ -548,69 +478,37 @@ def fit_size(size, side, factor=1.0):
     return [max(1, round(scale * length)) for length in size]
 
 
-def bench(config):
-    """--bench: how fast images are loaded and learnt from."""
-    device, dtype = setup_device(config)
-    images = local_rank0_first(open_segmented, config)[0]
-    objective = Segmentation(config).to(device)
-
-    def to_inputs(batch):  # counted on the CPU, where no GPU waits
-        return {**to_device(batch, device), "denominators": objective.denominators(batch)}
-
-    def loss_of(model, inputs):
-        return model(inputs, inputs["denominators"])
-
-    measure_speed(config, objective, LabelMapViews(images, config, train=True), device, dtype,
-                  to_inputs, loss_of)
-
-
 # ---- pictures ------------------------------------------------------------------------------------
 
 
 def palette(classes):
-    """(classes, 3) uint8: colours that are far apart for neighbouring numbers."""
+    """(classes, 3) uint8: colors that are far apart for neighbouring numbers."""
     golden = 0.618034  # golden ratio: successive hues never repeat
     hues = [(number * golden % 1, 1 - 0.35 * (number % 2), 1 - 0.3 * (number // 2 % 2))
             for number in range(classes)]
     return np.round([[255 * c for c in colorsys.hsv_to_rgb(*hue)] for hue in hues]).astype(np.uint8)
 
 
-def colour(labels, classes):
+def color(labels, classes):
     """Labels (H, W) -> (3, H, W) in [0, 1]; IGNORE is black."""
     table = torch.cat([torch.from_numpy(palette(classes)), torch.zeros(1, 3, dtype=torch.uint8)])
     return table[labels.cpu()].permute(2, 0, 1) / 255  # IGNORE, -1, is the last row
 
 
 @torch.no_grad()
-def draw_predictions(objective, dataset, config, device, dtype):
-    """OUT/predictions.png: held-out images, their labels and the prediction, side by side."""
-    columns = {"image": [], "truth": [], "prediction": []}
-    for index in np.linspace(0, len(dataset) - 1, min(8, len(dataset))).astype(int).tolist():
-        sample = dataset[0, index]
-        image = sample["images"][None].to(device)
-        labels = sample["labels"]
-        found = predict_labels(objective.model, image, labels.shape, config, dtype)[0]
-        columns["image"].append(denormalise(image, config.norm).cpu())
-        columns["truth"].append(colour(labels, config.num_classes)[None])
-        columns["prediction"].append(colour(found, config.num_classes)[None])
-    size = columns["image"][0].shape[2:]  # all rows at the size of the first image
-    for title, pictures in columns.items():
-        columns[title] = torch.cat([F.interpolate(picture, size) for picture in pictures])
-    save_columns(os.path.join(config.out, "predictions.png"), columns)
-
-
-@torch.no_grad()
 def predict(config):
     """Write OUT/labels/NAME.png, the numbers that a label map would have, and OUT/overlay/NAME.png
     for each image in --data, at its own size."""
+    config = as_trained(config, *LABEL_OPTIONS)
+    check(config)
     device, dtype = setup_device(config)
     images = folder_images(config.data)
     if not len(images):
         raise BadInput(f"--data={config.data}: no folder with images to predict")
-    model = Segmentation(config).to(device).eval().model
+    model = Segmentation(config, trained=True).to(device).eval().model
     numbers = class_labels(config)
-    colours = np.zeros((1 + max(255, *numbers), 3), np.uint8)
-    colours[numbers] = palette(config.num_classes)
+    colors = np.zeros((1 + max(255, *numbers), 3), np.uint8)
+    colors[numbers] = palette(config.num_classes)
     shard = local_shard(range(len(images)))
     for index in tqdm(shard, "predicting", disable=no_progress_bar()):
         path = images.keys[index]
@@ -619,24 +517,26 @@ def predict(config):
             log(f"{path}: skipped, it cannot be read as an image")
             continue
         view = held_out_view(image, config)[None].to(device)
-        labels = predict_labels(model, view, image.shape[1:], config, dtype)[0]
+        with autocast(device, dtype):
+            labels = predict_labels(model, view, image.shape[1:], config)[0]
         labels = numbers[labels.cpu().numpy()]
         if labels.max() < 256:
             picture = Image.fromarray(labels.astype(np.uint8))
-            picture.putpalette(colours[:256].tobytes())
+            picture.putpalette(colors[:256].tobytes())
         else:
             picture = Image.fromarray(labels.astype(np.uint16))
         photograph = v2.functional.to_pil_image(image)
-        overlay = Image.blend(photograph, Image.fromarray(colours[labels]), 0.5)
+        overlay = Image.blend(photograph, Image.fromarray(colors[labels]), 0.5)
         name = stem(path, config.data) + ".png"
         for folder, drawn in (("labels", picture), ("overlay", overlay)):
-            save_png = functools.partial(drawn.save, format="PNG")
-            write_atomically(os.path.join(config.out, folder, name), save_png)
+            with write_atomically(os.path.join(config.out, folder, name)) as file:
+                drawn.save(file, "PNG")
     log(f"wrote label maps and overlays into {config.out}")
 
 
+# how a run reads label maps and images: the weights know it
+LABEL_OPTIONS = ("num_classes", "ignore_zero", "label_values", "stride")
 TASKS = {"train": train, "eval": evaluate_weights, "predict": predict}
-
 
 if __name__ == "__main__":
     run(main)

@@ -32,18 +32,17 @@ class BadInput(ValueError):
 # ---- masks ---------------------------------------------------------------------------------------
 
 
-def blockwise_mask(
-    height, width, num_masked, min_block=16, max_block=None, min_aspect=0.3, rng=None
-):
+def blockwise_mask(height, width, num_masked, min_block=16, max_block=None, min_aspect=0.3,
+                   rng=None, progress=0.0):
     """Mask rectangular blocks of patches until `num_masked` are masked or no block fits (algorithm
     1).
 
-    The patches of a block are drawn between min_block and max_block (None: as many as are still to
-    be masked, which may be fewer), its aspect ratio log-uniform in [min_aspect, 1 / min_aspect]. It
-    is smaller than the grid in both directions. Returns a bool array (height, width), True =
-    masked: at least one patch, at most `num_masked`. For the paper's 75 of 14x14 the mean is 74.5,
-    because the last few patches often fit no block. `rng` is a numpy Generator.
-    Raises BadInput, a ValueError, if such a mask cannot be placed.
+    The number of patches in a block is drawn between min_block and max_block (None: the number that
+    is still to be masked, even if that is smaller). The aspect ratio of a block is log-uniform in
+    [min_aspect, 1 / min_aspect]. A block is smaller than the grid in both directions. Returns a
+    bool array (height, width), True = masked: at least one patch, at most `num_masked`. For the
+    paper's 75 of 14x14 the mean is 74.5, because the last few patches often fit no block. `rng` is
+    a numpy Generator. Raises BadInput, a ValueError, if the grid has no place for a block.
     """
     if not 0 < num_masked < height * width:
         raise BadInput(f"num_masked={num_masked} of a {height}x{width} grid: mask at least 1 patch "
@@ -84,7 +83,7 @@ def blockwise_mask(
     return mask
 
 
-def random_mask(height, width, num_masked, rng=None, min_block=None):
+def random_mask(height, width, num_masked, rng=None, min_block=None, progress=0.0):
     """Mask exactly `num_masked` patches, each equally likely (table 4); `min_block` is ignored.
     Returns a bool array as `blockwise_mask` does. Raises BadInput if there are not so many."""
     if not 0 < num_masked <= height * width:
@@ -95,32 +94,265 @@ def random_mask(height, width, num_masked, rng=None, min_block=None):
     return mask.reshape(height, width)
 
 
-def no_mask(height, width, num_masked, rng=None, min_block=None):
+def no_mask(height, width, num_masked, rng=None, min_block=None, progress=0.0):
     """Mask nothing (table 4, "w/o masking")."""
     return np.zeros((height, width), dtype=bool)
 
 
-# Each is called with (height, width, num_masked, rng=..., min_block=...) and returns a bool array
-# (height, width), True = masked; num_masked are asked for by --mask_ratio.
-MASKS = {
-    "block": blockwise_mask,
-    "random": random_mask,
-    "none": no_mask,
+# A mask is called with (height, width, num_masked, rng=..., min_block=..., progress=...) and returns
+# a bool array (height, width), True = masked. num_masked follows from --mask_ratio; progress is the
+# share of the run that is done, from 0 to 1.
+MASKS = {"block": blockwise_mask, "random": random_mask, "none": no_mask}
+
+# ---- views ---------------------------------------------------------------------------------------
+
+
+class Views(Dataset):
+    """What a step sees of an image: the patch view, the token view and the mask (sec. 2.5).
+
+    dataset[epoch, index, progress] is a dict, all of it a function of the seed and this key:
+    images        (3, image_size, image_size) uint8, the patch view: ViT's input
+    token_images  (3, token_size, token_size) uint8, if token_size is another one: the same crop and
+                  flip for the tokenizer. DALL-E's makes a token of 8x8 pixels and the ViT a patch
+                  of 16x16, so 224 px go with 112 px: 14x14 patches and 14x14 tokens
+    mask          (grid, grid) bool, True = masked: these patches are replaced in the input
+    predict       (grid, grid) bool, True = this patch's target is to be predicted
+    skipped       whether it shows the next image because this one is unreadable
+    and in training
+    jitter        (3,) float32, factors of brightness, contrast and saturation: see network_inputs
+    NAME          for each of `extra_views` {NAME: (count, transform)}, as (count, 3, side, side)
+                  uint8, each with a crop of its own
+    tokens        (grid, grid) int64 from `tokens`, an array (epochs, images, grid, grid)
+    With --cache_epochs=K an epoch repeats everything but the masks of K epochs before. Held-out
+    images are resized, and the middle is cropped.
+    """
+
+    def __init__(self, images, config, token_size, train, mask="none", extra_views=None,
+                 tokens=None):
+        self.images = images
+        self.config = config
+        self.train = train
+        self.mask = mask
+        self.extra_views = extra_views or {}
+        self.tokens = tokens
+        self.sizes = {"images": config.image_size}
+        if token_size != config.image_size and tokens is None:
+            self.sizes["token_images"] = token_size
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, index, progress = key
+        config = self.config
+        image, found = self.images.load(index, config.skip_bad_images)
+        sample = {"skipped": found != index}
+        rng = np.random.default_rng([config.seed, epoch, index])
+        sample["mask"] = torch.from_numpy(draw_mask(self.mask, config, rng, progress))
+        predict_all = config.predict == "all"
+        sample["predict"] = torch.ones_like(sample["mask"]) if predict_all else sample["mask"]
+        if not self.train:
+            for name, size in self.sizes.items():  # the usual 256 for 224
+                resized = TF.resize(image, [round(size * 8 / 7)], BICUBIC, antialias=True)
+                sample[name] = TF.center_crop(resized, [size, size])
+            return sample
+        if config.cache_epochs:
+            epoch %= config.cache_epochs
+        rng = np.random.default_rng([config.seed, epoch, index, 1])
+        rows, columns = draw_crop(*image.shape[1:], config.crop_min, rng)
+        crop = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
+        flipped = rng.random() < 0.5
+        for name, size in self.sizes.items():
+            view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+            sample[name] = view.flip(2) if flipped else view
+        factors = rng.uniform(max(0, 1 - config.jitter), 1 + config.jitter, 3)
+        sample["jitter"] = torch.from_numpy(factors.astype(np.float32))
+        if self.tokens is not None:
+            sample["tokens"] = torch.from_numpy(self.tokens[epoch, index].astype(np.int64))
+        for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
+            torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index, number))
+            sample[name] = torch.stack([transform(image) for _ in range(count)])
+        return sample
+
+
+BICUBIC = InterpolationMode.BICUBIC
+
+
+def draw_crop(height, width, least, rng):
+    """(rows, columns) of a random crop, two slices. Its area is between `least` and all of the
+    image, its aspect ratio log-uniform in [3/4, 4/3], as in torchvision's RandomResizedCrop. If ten
+    draws do not fit, it is the middle of the image."""
+    for _ in range(10):
+        area = height * width * rng.uniform(least, 1)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top = rng.integers(height - h + 1)
+            left = rng.integers(width - w + 1)
+            break
+    else:
+        h = min(height, round(width * 4 / 3))
+        w = min(width, round(height * 4 / 3))
+        top = (height - h) // 2
+        left = (width - w) // 2
+    return slice(top, top + h), slice(left, left + w)
+
+
+def draw_mask(name, config, rng, progress, grid=None):
+    """A mask (height, width), True = masked, of --mask_ratio of the patches or a few less
+    (algorithm 1). The grid is (height, width), by default that of image_size."""
+    side = config.image_size // config.patch_size
+    height, width = grid or (side, side)
+    num_masked = round(config.mask_ratio * height * width)
+    return MASKS[name](height, width, num_masked, rng=rng, min_block=config.min_block,
+                       progress=progress)
+
+
+# The mean and standard deviation of RGB in [0, 1]
+NORMS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # of the authors' ImageNet-22k models
 }
+
+
+def normalize(images, norm):
+    """(..., 3, H, W) in [0, 1] -> what the ViT sees, with about mean 0 and deviation 1. torchvision's
+    function makes the GPU wait for mean and deviation."""
+    mean, std = copy_to(images.device, torch.tensor(NORMS[norm])[..., None, None])
+    return (images - mean) / std
+
+
+def denormalize(images, norm):
+    """The inverse, clipped to [0, 1]."""
+    mean, std = copy_to(images.device, torch.tensor(NORMS[norm])[..., None, None])
+    return (images * std + mean).clamp(0, 1)
+
+
+def network_inputs(batch, device, norm):
+    """A loaded batch of Views becomes what the networks see, on the device: its colors are
+    jittered; `images` (B, 3, H, W) are normalized, `token_images` are in [0, 1]; `positions` (K,)
+    int64 says where the patches to `predict` are among all B * h * w. The positions are found on
+    the CPU, so that no GPU waits."""
+    positions = batch["predict"].flatten().nonzero().squeeze(1)
+    inputs = {name: copy_to(device, value) for name, value in batch.items()}
+    for name in inputs.keys() & {"images", "token_images"}:
+        inputs[name] = jitter_colors(inputs[name] / 255, inputs.get("jitter"))
+    inputs.setdefault("token_images", inputs["images"])
+    inputs["images"] = normalize(inputs["images"], norm)
+    return {**inputs, "positions": copy_to(device, positions)}
+
+
+def copy_to(device, tensor):
+    """`tensor` on the device. From pinned memory the host need not wait for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def jitter_colors(images, factors):
+    """Images (B, 3, H, W) in [0, 1], the brightness, contrast and saturation of each multiplied by
+    its three factors (B, 3). This is torchvision's ColorJitter in any order: where nothing is
+    clipped, the three changes commute. None changes nothing."""
+    if factors is None:
+        return images
+    brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
+    gray = TF.rgb_to_grayscale(images)
+    images = torch.lerp(gray, images, saturation)
+    images = torch.lerp(gray.mean(dim=(2, 3), keepdim=True), images, contrast)
+    return (brightness * images).clamp(0, 1)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
+
+
+def derive_seed(*key):
+    """A 64-bit seed from a few integers such as (seed, epoch, index): the same everywhere."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
+
+
+def batch_of_step(step, count, batch_size, seed, repeats=1):
+    """The (epoch, index) pairs of a step's global batch: the next part of the epoch's permutation.
+    The last, incomplete batch of an epoch is dropped, as in the official code. With `repeats` = 3
+    an image comes three times in a batch; the three have different epoch numbers, so that their
+    views differ. An epoch then shows a third of the images."""
+    epoch, part = divmod(step, count // batch_size)
+    images = math.ceil(batch_size / repeats)
+    order = permutation(count, seed, epoch)[part * images : (part + 1) * images]
+    copies = [(epoch * repeats + copy, index) for copy in range(repeats) for index in order]
+    return copies[:batch_size]
+
+
+def local_shard(items):
+    """This process's part of a list: consecutive, and as even as possible."""
+    start = rank() * len(items) // world_size()
+    return items[start : (rank() + 1) * len(items) // world_size()]
+
+
+def batches_of_steps(start, steps, count, batch_size, seed, repeats=1):
+    """For each step from `start` to the run's last one the keys (epoch, index, progress) of this
+    process's part of the batch; progress is the share of the run that is done."""
+    for step in range(start, steps):
+        keys = local_shard(batch_of_step(step, count, batch_size, seed, repeats))
+        yield [(*key, step / steps) for key in keys]
+
+
+def batches_of_all(count, size, epoch=0):
+    """The keys of this process's part of `count` images, each once, in batches of `size`."""
+    keys = local_shard([(epoch, index, 1.0) for index in range(count)])
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+
+def make_loader(dataset, batches, workers, device):
+    """A loader of the batches whose keys `batches` lists, in order."""
+    pin = device.type == "cuda"
+    workers = min(workers, os.cpu_count() or 1)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+                      persistent_workers=workers > 0, worker_init_fn=ignore_sigterm)
+
+
+def ignore_sigterm(worker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all; the loop handles it
+
+
+def micro_batches(batch, size):
+    """Split a batch, a dict of tensors with a row per image, into parts of at most `size`."""
+    return [{name: value[start : start + size] for name, value in batch.items()}
+            for start in range(0, len(batch["images"]), size)]
+
+
+def evenly(count, most):
+    """At most `most` of the indices below `count`, evenly spaced: the first ones would be of one
+    class."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
+
 
 # ---- images --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Images:
-    """A list of images, with functions of a key; one is None if the data set lacks such labels."""
+    """A list of images: their keys, and functions of a key."""
 
     keys: list  # paths or numbers
     read: Callable  # -> RGB image: Pillow's, or uint8 (height, width, 3) array or (3, ...) tensor
     source: str  # for messages
-    read_label: Callable = None  # -> the number of one of `classes`
+    read_label: Callable = None  # -> the number of one of `classes`; None: there are no labels
     classes: list = None  # names
-    read_label_map: Callable = None  # -> int64 (height, width)
+    read_label_map: Callable = None  # -> int64 (height, width); None: there are no label maps
 
     def __post_init__(self):
         if self.classes is not None:
@@ -139,8 +371,8 @@ class Images:
         return re.sub(r"\W+", "_", name)
 
     def load(self, index, skip_bad=False):
-        """(image, its index): the one at `index`, or if asked the first readable one after it, as
-        uint8 (3, height, width)."""
+        """(image, its index): the image at `index` as uint8 (3, height, width). With `skip_bad` the
+        first readable one after it takes the place of an unreadable one."""
         for found in (*range(index, len(self)), *range(index)):
             try:
                 return TF.to_image(self.read(self.keys[found])).as_subclass(torch.Tensor), found
@@ -163,18 +395,18 @@ class Images:
 
     def split(self, count):
         """(`count` images taken evenly from the whole list, the rest)."""
-        taken = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        taken = evenly(len(self), count)
         rest = np.setdiff1d(np.arange(len(self)), taken)
-        return self.subset(taken.tolist()), self.subset(rest.tolist())
+        return self.subset(taken), self.subset(rest.tolist())
 
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 
 
 def folder_images(folder, without=()):
-    """All images in a folder and below it, in the order of their paths: each real file once, by
-    however many links, and not those that the paths in `without` lead to. Hidden files and folders
-    are left out, and those that macOS adds to archives."""
+    """All images in a folder and below it, in the order of their paths. A file counts once, even if
+    several links lead to it, and not at all if a path in `without` leads to it. Hidden files and
+    folders are left out, and the folders that macOS adds to archives."""
     held_out = {os.path.realpath(path) for path in without}
     found = {}  # real path -> path
     visited = set()
@@ -227,8 +459,8 @@ def read_image(path):
 
 
 def to_8_bits(values):
-    """Grey values of any kind -> uint8. Their largest one tells what they fill: floats go up to 1,
-    integers have 8 bits, the 12 of a scanner, or 16."""
+    """Grey values of any kind -> uint8. The largest value tells their range: floats go up to 1,
+    integers have 8 bits, a scanner's 12, or 16."""
     largest = values.max()
     ranges = [255, 2**12 - 1, 2**16 - 1]
     if values.dtype.kind == "f":
@@ -326,13 +558,16 @@ def shapes_label_map(size, seed, index):
     return draw_shapes(size, seed, index)[2].astype(np.int64)
 
 
-# Each is called with (train or held out, image_size, what follows "name:" in --data) and returns
-# Images, or raises BadInput. Where none are held out, pre-training takes a tenth.
+# A data set is called with (train or held out, image_size, what follows "name:" in --data) and
+# returns Images, or raises BadInput. If no images are held out, pre-training takes a tenth.
 DATASETS = {
     "shapes": shapes,
     "cifar10": functools.partial(cifar, CIFAR10),
     "cifar100": functools.partial(cifar, CIFAR100),
 }
+
+
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 def polygon(angle, corners):
@@ -366,7 +601,7 @@ def draw_shapes(size, seed, index):
     """A large shape over a few small ones of any kind, on a textured ground.
 
     Returns the image (size, size, 3) uint8, its class, which is the kind of the large shape, and
-    its label map (size, size) uint8, 0 the ground, kind + 1 a shape. Colours, textures, places,
+    its label map (size, size) uint8, 0 the ground, kind + 1 a shape. Colors, textures, places,
     sizes and turns are drawn alike for all kinds: only the outline identifies the class.
     """
     rng = np.random.default_rng([seed, index])
@@ -378,16 +613,16 @@ def draw_shapes(size, seed, index):
     for number, kind in enumerate(kinds, 1):
         is_large = number == len(kinds)
         radius = size * (rng.uniform(0.25, 0.38) if is_large else rng.uniform(0.06, 0.12))
-        centre = size * (rng.uniform(0.35, 0.65, 2) if is_large else rng.random(2))
-        first = np.maximum(centre - 1.6 * radius, 0).astype(int)  # no outline reaches beyond 1.56
-        end = (centre + 1.6 * radius + 2).astype(int)
+        center = size * (rng.uniform(0.35, 0.65, 2) if is_large else rng.random(2))
+        first = np.maximum(center - 1.6 * radius, 0).astype(int)  # no outline reaches beyond 1.56
+        end = (center + 1.6 * radius + 2).astype(int)
         box = (slice(first[0], end[0]), slice(first[1], end[1]))
-        dy = y[box] - centre[0]
-        dx = x[box] - centre[1]
+        dy = y[box] - center[0]
+        dx = x[box] - center[1]
         angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024)
         inside = RADII[kind][angle % 1024] * radius - np.hypot(dy, dx)  # pixels to the outline
-        colour = tint((ground.mean() + rng.uniform(0.35, 0.65)) % 1, rng)  # unlike the ground's
-        paint = texture(x[box] / size, y[box] / size, colour, rng)
+        color = tint((ground.mean() + rng.uniform(0.35, 0.65)) % 1, rng)  # unlike the ground's
+        paint = texture(x[box] / size, y[box] / size, color, rng)
         cover = (inside + 0.5).clip(0, 1)[..., None]  # soft over one pixel: no jagged edge
         image[box] += cover * (paint - image[box])
         labels[box][inside > 0] = kind + 1
@@ -400,14 +635,14 @@ def draw_kinds(rng):
 
 
 def tint(brightness, rng):
-    """A colour, (3,) in [0, 1]: a tinted grey, so that few tokens go to hues and many to edges."""
+    """A color, (3,) in [0, 1]: a tinted grey, so that few tokens go to hues and many to edges."""
     return (0.1 + 0.8 * brightness + rng.uniform(-0.1, 0.1, 3)).clip(0, 1)
 
 
-def texture(x, y, colour, rng):
-    """A plain, striped, checked or shaded surface around a colour: (*x.shape, 3) in [0, 1]."""
+def texture(x, y, color, rng):
+    """A plain, striped, checked or shaded surface around a color: (*x.shape, 3) in [0, 1]."""
     angle = rng.uniform(0, 2 * np.pi)
-    other = (colour + rng.uniform(-0.12, 0.12)).clip(0, 1)
+    other = (color + rng.uniform(-0.12, 0.12)).clip(0, 1)
     u = np.cos(angle) * x + np.sin(angle) * y
     v = np.cos(angle) * y - np.sin(angle) * x
     waves = 2 * np.pi * rng.uniform(3, 8)
@@ -420,246 +655,7 @@ def texture(x, y, colour, rng):
         mix = 0.5 + 0.5 * np.sign(np.sin(waves * u) * np.sin(waves * v))
     else:
         mix = (0.5 + 0.5 * u).clip(0, 1)
-    return (colour + mix[..., None] * (other - colour)).astype(np.float32)
-
-
-# ---- views ---------------------------------------------------------------------------------------
-
-
-class Views(Dataset):
-    """What a step sees of an image: the patch view, the token view and the mask (sec. 2.5).
-
-    dataset[epoch, index] is a dict, all of it a function of (seed, epoch, index):
-    images        (3, image_size, image_size) uint8, the patch view: ViT's input
-    token_images  (3, token_size, token_size) uint8, if that is another size: the same crop and flip
-                  for the tokenizer. DALL-E's makes a token of 8x8 pixels and the ViT a patch of
-                  16x16, so 224 px go with 112 px: 14x14 patches and 14x14 tokens
-    mask          (grid, grid) bool, True = masked: these patches are replaced in the input
-    predict       (grid, grid) bool, True = this patch's target is to be predicted
-    skipped       whether it shows the next image because this one is unreadable
-    and in training
-    jitter        (3,) float32, by what `to_device` multiplies brightness, contrast and saturation
-    NAME          for each of `extra_views` {NAME: (count, transform)}, as (count, 3, side, side)
-                  uint8, each with a crop of its own
-    tokens        (grid, grid) int64 from `tokens`, an array (images, grid, grid) for each epoch
-    With --cache_epochs=K all but the mask is that of epoch % K. Held-out images are resized and
-    cropped in the middle only.
-    """
-
-    def __init__(self, images, config, token_size, train, mask="none", extra_views=None,
-                 tokens=None):
-        self.images = images
-        self.config = config
-        self.train = train
-        self.mask = mask
-        self.extra_views = extra_views or {}
-        self.tokens = tokens
-        self.sizes = {"images": config.image_size}
-        if token_size != config.image_size and tokens is None:
-            self.sizes["token_images"] = token_size
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, key):
-        epoch, index = key
-        config = self.config
-        image, found = self.images.load(index, config.skip_bad_images)
-        sample = {"skipped": found != index}
-        rng = np.random.default_rng([config.seed, epoch, index])
-        sample["mask"] = torch.from_numpy(draw_mask(self.mask, config, rng))
-        predict_all = config.predict == "all"
-        sample["predict"] = torch.ones_like(sample["mask"]) if predict_all else sample["mask"]
-        if not self.train:
-            for name, size in self.sizes.items():  # the usual 256 for 224
-                resized = TF.resize(image, [round(size * 8 / 7)], BICUBIC, antialias=True)
-                sample[name] = TF.center_crop(resized, [size, size])
-            return sample
-        if config.cache_epochs:
-            epoch %= config.cache_epochs
-        rng = np.random.default_rng([config.seed, epoch, index, 1])
-        rows, columns = draw_crop(*image.shape[1:], config.crop_min, rng)
-        crop = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
-        flipped = rng.random() < 0.5
-        for name, size in self.sizes.items():
-            view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
-            sample[name] = view.flip(2) if flipped else view
-        factors = rng.uniform(max(0, 1 - config.jitter), 1 + config.jitter, 3)
-        sample["jitter"] = torch.from_numpy(factors.astype(np.float32))
-        if self.tokens is not None:
-            sample["tokens"] = torch.from_numpy(self.tokens[epoch][index].astype(np.int64))
-        for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
-            torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index, number))
-            sample[name] = torch.stack([transform(image) for _ in range(count)])
-        return sample
-
-
-BICUBIC = InterpolationMode.BICUBIC
-
-
-def draw_crop(height, width, least, rng):
-    """(rows, columns) of a random crop, slices: of between `least` and all of the area, and an
-    aspect ratio log-uniform in [3/4, 4/3], as torchvision's RandomResizedCrop draws them. Where ten
-    tries don't fit, the middle."""
-    for _ in range(10):
-        area = height * width * rng.uniform(least, 1)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w = round(math.sqrt(area * aspect))
-        h = round(math.sqrt(area / aspect))
-        if 0 < h <= height and 0 < w <= width:
-            top = rng.integers(height - h + 1)
-            left = rng.integers(width - w + 1)
-            break
-    else:
-        h = min(height, round(width * 4 / 3))
-        w = min(width, round(height * 4 / 3))
-        top = (height - h) // 2
-        left = (width - w) // 2
-    return slice(top, top + h), slice(left, left + w)
-
-
-def draw_mask(name, config, rng, grid=None):
-    """A mask (height, width) of `grid`, or else of the patches of image_size, True = masked, of
-    --mask_ratio, or a few patches less (algorithm 1)."""
-    side = config.image_size // config.patch_size
-    height, width = grid or (side, side)
-    num_masked = round(config.mask_ratio * height * width)
-    return MASKS[name](height, width, num_masked, rng=rng, min_block=config.min_block)
-
-
-# (mean, standard deviation) of RGB in [0, 1]: ImageNet's; those of the authors' ImageNet-22k models
-NORMS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
-
-def normalise(images, norm):
-    """(B, 3, H, W) in [0, 1] -> what the ViT sees: mean and deviation of `norm` taken out."""
-    channels = zip(images.unbind(1), *NORMS[norm])  # numbers, not tensors: no GPU waits
-    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
-
-
-def denormalise(images, norm):
-    """The inverse, to (B, 3, H, W) in [0, 1]."""
-    channels = zip(images.unbind(1), *NORMS[norm])
-    images = torch.stack([channel * std + mean for channel, mean, std in channels], dim=1)
-    return images.clamp(0, 1)
-
-
-# ---- batches -------------------------------------------------------------------------------------
-
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
-
-
-def derive_seed(*key):
-    """A 64-bit seed from a few integers such as (seed, epoch, index): the same everywhere."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(count, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
-
-
-def batch_of_step(step, count, batch_size, seed, repeats=1):
-    """The (epoch, index) pairs of a step's global batch: the next part of the epoch's permutation.
-    The last, incomplete batch of an epoch is dropped, as in the official code. With `repeats` each
-    image comes that often in a batch, under another first number, so that its views differ; an
-    epoch then shows that share of the images, as often."""
-    epoch, part = divmod(step, count // batch_size)
-    images = math.ceil(batch_size / repeats)
-    order = permutation(count, seed, epoch)[part * images : (part + 1) * images]
-    copies = [(epoch * repeats + copy, index) for copy in range(repeats) for index in order]
-    return copies[:batch_size]
-
-
-def local_shard(items):
-    """This process's part of a list: consecutive, and as even as possible."""
-    start = rank() * len(items) // world_size()
-    return items[start : (rank() + 1) * len(items) // world_size()]
-
-
-def batches_of_steps(steps, count, batch_size, seed, repeats=1):
-    """This process's part of the batch of each of `steps`."""
-    for step in steps:
-        yield local_shard(batch_of_step(step, count, batch_size, seed, repeats))
-
-
-def batches_of_all(count, size, epoch=0):
-    """The keys of this process's part of `count` images, each once, in batches of `size`."""
-    keys = local_shard([(epoch, index) for index in range(count)])
-    return [keys[start : start + size] for start in range(0, len(keys), size)]
-
-
-def make_loader(dataset, batches, workers, device):
-    """A loader of the batches whose keys `batches` lists, in order."""
-    pin = device.type == "cuda"
-    workers = min(workers, os.cpu_count() or 1)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-                      persistent_workers=workers > 0, worker_init_fn=ignore_sigterm)
-
-
-def ignore_sigterm(worker):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all; the loop handles it
-
-
-def micro_batches(batch, size):
-    """Split a batch, a dict of tensors with a row per image, into parts of at most `size`."""
-    return [{name: value[start : start + size] for name, value in batch.items()}
-            for start in range(0, len(batch["images"]), size)]
-
-
-def copy_to(device, tensor):
-    """`tensor` on the device. From pinned memory the host need not wait for the copy."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def to_device(batch, device, norm):
-    """A batch of Views on the device, with its jitter of colours: `images` (B, 3, H, W) become
-    normalised floats, `token_images` floats in [0, 1], and `predict` (B, h, w) `positions` (K,)
-    int64: where its patches are among all B * h * w. That is worked out on the CPU, so that no GPU
-    waits."""
-    positions = batch["predict"].flatten().nonzero().squeeze(1)
-    batch = {**batch, "positions": positions}
-    batch = {name: copy_to(device, value) for name, value in batch.items()}
-    images = recolour(batch["images"] / 255, batch.get("jitter"))
-    if "token_images" in batch:
-        batch["token_images"] = recolour(batch["token_images"] / 255, batch.get("jitter"))
-    else:
-        batch["token_images"] = images
-    batch["images"] = normalise(images, norm)
-    return batch
-
-
-def recolour(images, jitter):
-    """Images (B, 3, H, W) in [0, 1], the brightness, contrast and saturation of each multiplied by
-    its three factors (B, 3): torchvision's ColorJitter, in any order, because where nothing is
-    clipped the changes commute. None changes nothing."""
-    if jitter is None:
-        return images
-    brightness, contrast, saturation = jitter.view(-1, 3, 1, 1, 1).unbind(1)
-    grey = TF.rgb_to_grayscale(images)
-    images = torch.lerp(grey, images, saturation)
-    images = torch.lerp(grey.mean(dim=(2, 3), keepdim=True), images, contrast)
-    return (brightness * images).clamp(0, 1)
-
-
-def sample_batch(dataset, count, device):
-    """`count` images of Views, taken evenly from all of them, as a batch on the device: the first
-    ones would be of one class."""
-    taken = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    keys = [(0, index) for index in taken.tolist()]
-    batch = next(iter(make_loader(dataset, [keys], 0, device)))
-    return to_device(batch, device, dataset.config.norm)
+    return (color + mix[..., None] * (other - color)).astype(np.float32)
 
 
 if __name__ == "__main__":

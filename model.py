@@ -15,17 +15,20 @@ import math
 import os
 import re
 import sys
+import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.utils.checkpoint import checkpoint
 
 from masking import NORMS, BadInput, copy_to
-from tokenizer import read_checkpoint
 
 # Layers / width / heads of table 11 and of ViT and DeiT, and LayerScale's init for a variant that
 # has it. "nano" is not in the paper: the demos train it in minutes on two CPU cores.
@@ -116,8 +119,8 @@ def relative_position_index(height, width):
 
 
 def padded_index(height, width):
-    """relative_position_index with columns added, whose biases nothing reads, up to a multiple of
-    8: fused attention kernels copy a bias whose rows start elsewhere."""
+    """relative_position_index, with columns added up to a multiple of 8. Nothing reads the biases of
+    the added columns, but fused attention kernels copy a bias whose rows have another length."""
     index = relative_position_index(height, width)
     return F.pad(index, (0, -len(index) % 8))
 
@@ -145,11 +148,7 @@ class Attention(nn.Module):
         """(B, 1 + N, D) -> the same; `bias`, as from position_biases, is added to the logits."""
         q, k, v = self.queries_keys_values(x)
         bias = None if bias is None else bias.to(q.dtype)[None, :, :, : k.shape[2]]
-        if self.training and not len(q):  # stochastic depth kept no sample: some kernels refuse
-            x = v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        # (B, heads, 1 + N, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, heads, 1 + N, D / heads)
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def attention_probs(self, x, bias=None):
@@ -175,7 +174,6 @@ class Block(nn.Module):
     def __init__(self, config, drop_path):
         super().__init__()
         self.drop_path = drop_path
-        self.static_shapes = False  # for compilation, which every new shape would start again
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
@@ -185,33 +183,19 @@ class Block(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
 
-    def forward(self, x, bias=None, kept=(None, None)):
-        """(B, 1 + N, D) -> the same; `bias` as in Attention, `kept` from `draw_kept`."""
-        x = self.residual(x, self.gamma_1, lambda x: self.attn(self.norm1(x), bias), kept[0])
-        return self.residual(x, self.gamma_2, lambda x: self.mlp(self.norm2(x)), kept[1])
+    def forward(self, x, bias=None):
+        """(B, 1 + N, D) -> the same; `bias` as in Attention."""
+        x = x + self.scale(self.attn(self.norm1(x), bias), self.gamma_1)
+        return x + self.scale(self.mlp(self.norm2(x)), self.gamma_2)
 
-    def draw_kept(self, x):
-        """Stochastic depth: for both branches, which of the samples x (B, 1 + N, D) are kept at
-        random, (K,) int64, or None for all. A dropped sample never enters its branch, so a rate of
-        0.1 saves 5% of the network's work. With static shapes it does, and its output is multiplied
-        by 0: (B, 1, 1). The draw is made on the CPU, where finding these samples makes no GPU
-        wait."""
+    def scale(self, x, gamma):
+        """A residual branch (B, 1 + N, D) times gamma, and stochastic depth: training drops a share
+        drop_path of the samples and makes the others larger, so that the mean stays."""
+        x = x if gamma is None else gamma * x
         if not self.training or self.drop_path == 0:
-            return None, None
-        kept = torch.rand(2, len(x)) >= self.drop_path
-        if self.static_shapes:
-            return copy_to(x.device, kept.float() / (1 - self.drop_path))[..., None, None].unbind()
-        return [copy_to(x.device, branch.nonzero().squeeze(1)) for branch in kept]
-
-    def residual(self, x, gamma, branch, kept):
-        """x + gamma * branch(x), the branch without the samples that are not `kept`."""
-        gain = 1 if gamma is None else gamma
-        if kept is None:
-            return x + gain * branch(x)
-        if kept.is_floating_point():
-            return x + gain * kept * branch(x)
-        out = branch(x[kept]) * (gain / (1 - self.drop_path))
-        return x.index_add(0, kept, out.to(x.dtype))
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+        return x * kept / (1 - self.drop_path)
 
 
 class ViT(nn.Module):
@@ -282,10 +266,9 @@ class ViT(nn.Module):
         layers = [x]
         for block, bias in zip(self.blocks, self.position_biases(grid)):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, bias, block.draw_kept(x), use_reentrant=False,
-                               preserve_rng_state=False)
+                x = checkpoint(block, x, bias, use_reentrant=False)
             else:
-                x = block(x, bias, block.draw_kept(x))
+                x = block(x, bias)
             layers.append(x)
         return layers
 
@@ -294,23 +277,23 @@ class ViT(nn.Module):
         return tuple(side // self.config.patch_size for side in images.shape[2:])
 
     def layers(self, images):
-        """Images (B, 3, H, W), normalised -> what `encode` gives."""
+        """Images (B, 3, H, W), normalized -> what `encode` gives."""
         return self.encode(self.patch_embed(images), self.grid_of(images))
 
     def features(self, images):
-        """Images (B, 3, H, W), normalised -> features of [CLS] and the patches, (B, 1 + N, D),
+        """Images (B, 3, H, W), normalized -> features of [CLS] and the patches, (B, 1 + N, D),
         before any final norm."""
         return self.layers(images)[-1]
 
     def attention_probs(self, images):
-        """What the last block attends to in images (B, 3, H, W), normalised: (B, heads, 1 + N
+        """What the last block attends to in images (B, 3, H, W), normalized: (B, heads, 1 + N
         queries, 1 + N keys)."""
         last = self.blocks[-1]
         bias = self.position_biases(self.grid_of(images))[-1]
         return last.attn.attention_probs(last.norm1(self.layers(images)[-2]), bias)
 
     def mean_features(self, images):
-        """Images (B, 3, H, W), normalised -> for each block the mean of its patches' features, of
+        """Images (B, 3, H, W), normalized -> for each block the mean of its patches' features, of
         mean 0 and variance 1, for probes and nearest neighbours (app. D): (depth, B, D)."""
         means = torch.stack([x[:, 1:].mean(dim=1) for x in self.layers(images)[1:]])
         return F.layer_norm(means, means.shape[2:])
@@ -329,19 +312,23 @@ class BEiT(ViT):
         self.lm_head = nn.Linear(config.dim, vocab_size)
         self.init_weights()
 
-    def forward(self, images, mask, positions=None, return_features=False):
-        """Images (B, 3, H, W), normalised, and mask (B, h, w) bool, True = masked -> logits (sum of
-        mask, vocab) of the masked patches, in the order of `tokens[mask]`.
-
-        `positions` (K,) int64 asks for other patches than those, counted over all B * h * w;
-        `return_features` for (logits, features (B, 1 + N, D) before the final norm)."""
-        patches = self.patch_embed(images)                                              # (B, N, D)
-        patches = torch.where(mask.flatten(1).unsqueeze(2), self.mask_token, patches)   # (B, N, D)
-        x = self.encode(patches, tuple(mask.shape[1:]))[-1]                         # (B, 1 + N, D)
+    def forward(self, images, mask, positions=None):
+        """Images (B, 3, H, W), normalized, and mask (B, h, w) bool, True = masked -> logits (sum of
+        mask, vocab) of the masked patches, in the order of `tokens[mask]`. `positions` (K,) int64
+        asks for other patches, by their numbers among all B * h * w."""
         if positions is None:
             positions = mask.flatten().nonzero().squeeze(1)
-        logits = self.lm_head(self.norm(x[:, 1:].flatten(0, 1)[positions]))          # (K, vocab)
-        return (logits, x) if return_features else logits
+        return self.predict(self.masked_features(images, mask), positions)
+
+    def masked_features(self, images, mask):
+        """The features (B, 1 + N, D) of images whose masked patches are not seen."""
+        patches = self.patch_embed(images)                                              # (B, N, D)
+        patches = torch.where(mask.flatten(1).unsqueeze(2), self.mask_token, patches)   # (B, N, D)
+        return self.encode(patches, tuple(mask.shape[1:]))[-1]
+
+    def predict(self, features, positions):
+        """Features (B, 1 + N, D) -> logits (K, vocab) of the patches at `positions` (K,)."""
+        return self.lm_head(self.norm(features[:, 1:].flatten(0, 1)[positions]))
 
 
 class Classifier(ViT):
@@ -356,7 +343,7 @@ class Classifier(ViT):
             self.head.weight.mul_(0.001)
 
     def forward(self, images):
-        """Images (B, 3, H, W), normalised -> logits (B, classes)."""
+        """Images (B, 3, H, W), normalized -> logits (B, classes)."""
         return self.head(self.fc_norm(self.features(images)[:, 1:].mean(dim=1)))
 
 
@@ -371,21 +358,22 @@ class LinearProbes(ViT):
         self.probes = nn.ModuleList(nn.Linear(config.dim, num_classes) for _ in layers)
 
     def forward(self, images):
-        """Images (B, 3, H, W), normalised -> logits (probes, B, classes)."""
+        """Images (B, 3, H, W), normalized -> logits (probes, B, classes)."""
         with torch.no_grad():
             means = self.mean_features(images)  # (depth, B, D)
         probes = zip(self.probes, self.probed, strict=True)
         return torch.stack([probe(means[layer - 1]) for probe, layer in probes])
 
 
-# Layers whose features the auxiliary heads see, by depth (SETR, arXiv 2012.15840); else quarters
+# The layers whose features SETR's auxiliary heads see, by depth (arXiv 2012.15840); else quarters
 AUXILIARY = {24: (10, 15, 20, 24)}
 
 
 class UpsamplingHead(nn.Module):
     """SETR's progressive upsampling: a LayerNorm, then for each of `scales` a 3x3 convolution to
-    256 channels, batch norm, ReLU and a bilinear upsampling by that, then a 1x1 convolution. Below
-    512 channels it makes half of them, or the head would be most of a small network's work."""
+    256 channels, batch norm, ReLU and a bilinear upsampling by this scale, then a 1x1 convolution.
+    If the network has under 512 channels, the convolutions have half as many: otherwise the head
+    would be most of a small network's work."""
 
     def __init__(self, dim, num_classes, scales):
         super().__init__()
@@ -424,7 +412,7 @@ class Segmenter(ViT):
         self.init_weights()
 
     def forward(self, images):
-        """Images (B, 3, H, W), normalised -> logits (B, classes, H, W); in training a list of them,
+        """Images (B, 3, H, W), normalized -> logits (B, classes, H, W); in training a list of them,
         the first of the head and the rest of the auxiliary heads."""
         grid = self.grid_of(images)
         maps = [x[:, 1:].unflatten(1, grid) for x in self.layers(images)]  # (B, h, w, D) each
@@ -436,31 +424,27 @@ class Segmenter(ViT):
 
 
 def param_groups(model, weight_decay, layer_decay=1.0):
-    """AdamW's parameter groups: no decay of biases, norms, LayerScale, cls_token and pos_embed (but
-    of mask_token and of relative tables, as in the official code).
-    `lr_scale`, a group's share of the learning rate, is layer_decay ** (depth + 1 - layer) (table
-    13), where the embeddings are layer 0, the l-th block is layer l and all above is layer depth +
-    1."""
-    depth = getattr(model.config, "depth", 0)  # a dVAE has no layers to tell apart
+    """An optimizer's groups of the trained parameters of a network, or of an objective with one.
+
+    `weight_decay` spares biases, norms, LayerScale and the embeddings but mask_token, as in the
+    official code. `lr_scale`, a group's share of the learning rate, is layer_decay ** (depth + 1 -
+    layer) (table 13): the embeddings are layer 0, the l-th block is layer l and all above is layer
+    depth + 1. `matrix` says whether the group holds the weights of linear layers. A parameter
+    without a dot in its name is an embedding."""
+    named = {name.removeprefix("model."): p for name, p in model.named_parameters()}
+    layers = {name: int(name.split(".")[1]) + 1 for name in named if name.startswith("blocks.")}
+    top = max(layers.values(), default=0) + 1
     groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        elif name.startswith(("patch_embed.", "cls_token", "mask_token", "pos_embed")):
-            layer = 0
-        else:
-            layer = depth + 1
-        decays = parameter.dim() > 1 and name not in ("cls_token", "pos_embed")
-        lr_scale = layer_decay ** (depth + 1 - layer)
-        group = groups.setdefault((lr_scale, decays), {
-            "params": [],
-            "lr_scale": lr_scale,
-            "weight_decay": weight_decay if decays else 0.0,
-        })
-        group["params"].append(parameter)
-    return list(groups.values())
+    for name, parameter in named.items():
+        is_embedding = "." not in name
+        layer = layers.get(name, 0 if is_embedding or name.startswith("patch_embed.") else top)
+        decays = parameter.dim() > 1 and (not is_embedding or name == "mask_token")
+        matrix = parameter.dim() == 2 and name.endswith(".weight")
+        if parameter.requires_grad:
+            groups.setdefault((layer, decays, matrix), []).append(parameter)
+    return [dict(params=params, lr_scale=layer_decay ** (top - layer), matrix=matrix,
+                 weight_decay=weight_decay if decays else 0.0)
+            for (layer, decays, matrix), params in groups.items()]
 
 
 # ---- contrastive losses --------------------------------------------------------------------------
@@ -478,7 +462,7 @@ class ContrastiveLoss(nn.Module):
     """
 
     has_teacher = False  # whether the other view is a teacher's, or the student's own
-    # True if it compares the images of a batch, or its head has a batch norm: then gradients cannot
+    # whether it compares the images of a batch, or its head has a batch norm: then gradients cannot
     # accumulate, and processes have equal shares
     needs_whole_batch = True
     sees_local_crops = False  # whether --local_crops has small views for it
@@ -500,7 +484,7 @@ class ContrastiveLoss(nn.Module):
 
 class DINO(ContrastiveLoss):
     """Self-distillation (arXiv 2104.14294, eq. 3): cross entropy of the student's prototypes with
-    the teacher's, whose running mean, the centre, is taken out so that no prototype wins always."""
+    the teacher's, whose running mean, the center, is taken out so that no prototype wins always."""
 
     has_teacher = True
     needs_whole_batch = False
@@ -511,7 +495,7 @@ class DINO(ContrastiveLoss):
         super().__init__(config)
         self.prototypes = config.prototypes
         self.temperature = config.teacher_temperature
-        self.register_buffer("centre", torch.zeros(config.prototypes))
+        self.register_buffer("center", torch.zeros(config.prototypes))
         self.register_buffer("scores", torch.zeros(1 + config.prototypes), persistent=False)
 
     def make_head(self, dim, hidden):
@@ -522,15 +506,15 @@ class DINO(ContrastiveLoss):
         temperature = 0.04 + (self.temperature - 0.04) * min(1, progress / 0.1)
         self.scores[0] += len(other)
         self.scores[1:] += other.sum(dim=0)
-        teacher_probs = ((other - self.centre) / temperature).softmax(dim=1)
+        teacher_probs = ((other - self.center) / temperature).softmax(dim=1)
         student_log_probs = (student / 0.1).log_softmax(dim=1)
         return -(teacher_probs * student_log_probs).sum()
 
     def after_step(self):
-        """The centre follows the mean of the teacher's scores over the global batch (eq. 4)."""
+        """The center follows the mean of the teacher's scores over the global batch (eq. 4)."""
         if dist.is_initialized():
             dist.all_reduce(self.scores)
-        self.centre.mul_(0.9).add_(0.1 * self.scores[1:] / self.scores[0])
+        self.center.mul_(0.9).add_(0.1 * self.scores[1:] / self.scores[0])
         self.scores.zero_()
 
 
@@ -588,25 +572,9 @@ def own_rows(x):
     return first + torch.arange(len(x), device=x.device)
 
 
-class Gather(torch.autograd.Function):
-    """The rows of all processes in their order; a row's gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd keeps its own
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def gather(x):
-    """x (B, D) of this process -> that of all processes, (B * processes, D)."""
-    return Gather.apply(x) if dist.is_initialized() else x
+    """The rows of x (B, D) of all processes, (B * processes, D). Gradients flow back to each."""
+    return torch.cat(all_gather(x.contiguous())) if dist.is_initialized() else x
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -670,16 +638,17 @@ CONTRASTIVE_LOSSES = {"none": None, "dino": DINO, "moco": MoCo, "simclr": SimCLR
 # ---- loading and exporting weights ---------------------------------------------------------------
 
 
-def write_atomically(path, write, keep=None):
-    """Call write(file) on a temporary file beside `path`, sync it and rename it to `path`, so that
-    a kill at any moment leaves the old file or the new one. The old file moves to `keep`, if
-    given."""
+@contextmanager
+def write_atomically(path, keep=None):
+    """A binary file to write, in a with statement. It is a temporary file beside `path`, which is
+    synced and renamed at the end: a kill at any moment leaves the old file or the new one. The old
+    file moves to `keep`, if given."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             try:
-                write(file)
+                yield file
             except RuntimeError as error:  # torch.save's, which does not say that the disk is full
                 raise error.__context__ or error
             file.flush()
@@ -692,8 +661,45 @@ def write_atomically(path, write, keep=None):
             os.remove(temporary)
 
 
-# Our name, transformers' and, where it differs, that which transformers 5 has in memory, but not in
-# its files: of the beginning of a name or, with a dot before it, of a part
+class Opaque:
+    """What read_checkpoint makes of every object that is neither a tensor nor a plain value."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def read_checkpoint(path):
+    """The dict that torch.save wrote to `path`, on the CPU. Nothing in the file can run code: only
+    tensors and plain values are unpickled. The rest, such as the command line in the official
+    checkpoints and the callbacks in Lightning's, becomes empty objects."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such file; give a checkpoint.pt or an official .pth file")
+    try:
+        zipped = zipfile.is_zipfile(path)  # as torch has written them since 1.6
+        names = get_unsafe_globals_in_checkpoint(path) if zipped else ["argparse.Namespace"]
+        with safe_globals([(Opaque, name) for name in names]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for a damaged file
+        raise BadInput(f"{path}: damaged, or no checkpoint of plain tensors "
+                       f"({short_message(error)})") from error
+
+
+def short_message(error):
+    """The line of an error that says what went wrong: torch's begin with advice or a headline."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    telling = ("WeightsUnpickler error", "Missing key", "Unexpected key", "size mismatch")
+    return next((line for line in lines if line.startswith(telling)), lines[0])[:200]
+
+
+# Our name, the name in transformers' files and, if it differs, the name in the memory of
+# transformers 5. An entry that begins with a dot stands for a part of a name, any other for the
+# beginning of one.
 HF_NAMES = [
     ("blocks.", "encoder.layer.", "layers."),
     ("rel_pos_bias.", "encoder.relative_position_bias.", "shared_position_bias."),
@@ -750,7 +756,7 @@ def to_transformers(state):
     return out
 
 
-# What compilation, checkpointed activations, sharding and transformers put into parameters' names
+# What compilation, checkpointed activations, sharding and transformers add to parameters' names
 WRAPPERS = re.compile(
     r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|beit|data2vec_vision)\."
 )
@@ -795,10 +801,10 @@ def find_network(checkpoint):
 def read_network(path):
     """(weights under the official names, their ViTConfig, a dict of what else is known) of the BEiT
     in a file or transformers folder: one of our checkpoints, an official .pth, a state dict of timm
-    or transformers, or what holds one of these (find_network). Where it isn't said how many heads
-    there are, each has 64 channels, as in table 11. Known are the "part" of the file that was read,
-    and maybe "config" (the run's options) and "classes" (their names). Raises BadInput if there is
-    no BEiT."""
+    or transformers, or a file that holds one of these (find_network). If the file does not say how
+    many heads there are, each has 64 channels, as in table 11. The dict has the "part" of the file
+    that was read and, where the file holds them, "config" (the run's options) and "classes" (their
+    names). Raises BadInput if there is no BEiT."""
     path = str(path)
     checkpoint = read_folder(path) if os.path.isdir(path) else read_tensors(path)
     arch = checkpoint.get("arch")
@@ -838,27 +844,19 @@ def read_network(path):
 
 def read_folder(path):
     """A transformers folder in the form of our checkpoints."""
-    names = ["model.safetensors", "pytorch_model.bin"]
-    names += [f"{name}.index.json" for name in names]
-    names = [name for name in names if os.path.exists(os.path.join(path, name))]
-    if not names or not os.path.exists(os.path.join(path, "config.json")):
+    names = [name for name in ("model.safetensors", "pytorch_model.bin", "config.json")
+             if os.path.exists(os.path.join(path, name))]
+    if len(names) < 2 or names[-1] != "config.json":
         raise BadInput(f"{path}: no transformers folder, which holds config.json and "
-                       "model.safetensors or pytorch_model.bin; give that or a file")
+                       "model.safetensors or pytorch_model.bin; give such a folder or a file")
     hf_config = read_json(path, "config.json")
     if hf_config.get("model_type") not in ("beit", "data2vec-vision"):
         raise BadInput(f"{path}: model_type is {hf_config.get('model_type')!r}, not 'beit' or "
                        "'data2vec-vision'")
-    files = names[:1]
-    if names[0].endswith(".index.json"):
-        files = sorted(set(read_json(path, names[0]).get("weight_map", {}).values()))
-    checkpoint = {"arch": {"heads": hf_config.get("num_attention_heads", 12)}}
-    for name in files:
-        if os.path.basename(name) != name or not os.path.exists(os.path.join(path, name)):
-            raise BadInput(f"{path}: {name}, one of {len(files)} files of weights, is not in that "
-                           "folder; download it again")
-        checkpoint |= read_tensors(os.path.join(path, name))
-    if names := hf_config.get("id2label"):
-        checkpoint["classes"] = [names[number] for number in sorted(names, key=int)]
+    checkpoint = read_tensors(os.path.join(path, names[0]))
+    checkpoint["arch"] = {"heads": hf_config.get("num_attention_heads", 12)}
+    if labels := hf_config.get("id2label"):
+        checkpoint["classes"] = [labels[number] for number in sorted(labels, key=int)]
     if os.path.exists(os.path.join(path, "preprocessor_config.json")):
         processor = read_json(path, "preprocessor_config.json")
         size = processor.get("size")
@@ -902,11 +900,13 @@ def optional(module, purpose):
 def load_weights(model, path, head=False):
     """Copy the weights in `path` (what read_network reads) into `model` by name.
 
-    Position embeddings and tables for another image size are interpolated. A table shared by all
-    layers is copied to each that wants its own, and many become their mean where one is shared.
-    Heads and final norms may be missing or of another size, and then keep their init, unless `head`
-    asks for them. Returns three lines that say what was loaded, left out and newly initialised.
-    Raises BadInput naming the first tensor that is missing, has another shape or has no place.
+    Position embeddings and tables for another image size are interpolated. A table that is shared
+    by all layers is copied to layers with tables of their own, and where the model shares one, it
+    becomes the mean of theirs. Heads and final norms keep their init if they are missing or have
+    another size, unless `head` asks for them. Returns three lines that say what was loaded, left
+    out and newly initialized. Raises BadInput naming the first tensor that is missing, has another
+    shape or has no place; a tensor of our own checkpoints always needs a place, unless it is of a
+    head.
     """
     state, config, known = read_network(path)
     target = model.state_dict()
@@ -916,8 +916,7 @@ def load_weights(model, path, head=False):
         state |= dict.fromkeys(own, state.pop(f"rel_pos_bias.{table}"))
     if model.config.position == "shared_relative" and config.position == "relative":
         state[f"rel_pos_bias.{table}"] = torch.stack([state.pop(name) for name in own]).mean(dim=0)
-    heads = ("norm.", "lm_head.", "mask_token", "probes.", "aux_heads.", "projector.")
-    heads += () if head else ("head.", "fc_norm.")
+    optional_names = HEAD_NAMES[2:] if head else HEAD_NAMES
     loaded = {}
     for name, tensor in target.items():
         value = state.get(name)
@@ -925,13 +924,14 @@ def load_weights(model, path, head=False):
             value = resize_positions(value, model.config.grid, model.config.grid, model.resize)
         if value is not None and value.shape == tensor.shape:
             loaded[name] = value
-        elif not name.startswith(heads):
+        elif not name.startswith(optional_names):
             found = "is not in it" if value is None else f"is {tuple(value.shape)} there"
             raise BadInput(f"{path}: {name} {found} and {tuple(tensor.shape)} in the model; give "
                            "the --size, --variant, --patch_size and classes it was trained with")
     left_out = [name for name in state if name not in loaded]
     for name in left_out:
-        if name.startswith(("blocks.", "pos_embed", "rel_pos_bias.")):
+        ours = "config" in known and not name.startswith(HEAD_NAMES)
+        if ours or name.startswith(("blocks.", "pos_embed", "rel_pos_bias.")):
             raise BadInput(f"{path}: {name} has no place in the model; give the --size and "
                            "--variant it was trained with")
     model.load_state_dict(loaded, strict=False)
@@ -939,7 +939,12 @@ def load_weights(model, path, head=False):
     part = f" ({known['part']})" if known["part"] else ""
     return (f"loaded {len(loaded)} tensors from {path}{part}\n"
             f"left out: {', '.join(left_out) or 'none'}\n"
-            f"newly initialised: {', '.join(new) or 'none'}")
+            f"newly initialized: {', '.join(new) or 'none'}")
+
+
+# The beginnings of names that a network may lack or leave out
+HEAD_NAMES = ("head.", "fc_norm.", "norm.", "lm_head.", "mask_token", "probes.", "aux_heads.",
+              "projector.")
 
 
 def resize_positions(value, height, width, mode):
@@ -963,9 +968,9 @@ def resize_positions(value, height, width, mode):
 
 
 def evaluation_view(config, known):
-    """How evaluation prepares an image (finetune_cls.centre_crop): (pixels to which its shorter
+    """How evaluation prepares an image (finetune_cls.center_crop): (pixels to which its shorter
     side is resized before the middle is cropped, or None if the whole image is squashed; mean;
-    standard deviation). Where the file doesn't say it, as the official code does."""
+    standard deviation). If the file does not say it, this is as in the official code."""
     run = known.get("config", {})
     share = run.get("eval_crop", 0.875 if run or config.image_size < 384 else 1)
     edge = None if share == 1 else round(config.image_size / share)
@@ -982,9 +987,6 @@ def export_weights(path, to, out):
     export, kinds = EXPORTS[to]
     if kind not in kinds:
         raise BadInput(f"{path}: a {kind}; --to={to} takes a {' or a '.join(kinds)}")
-    if known.get("config", {}).get("mim_weight") == 0:
-        raise BadInput(f"{path}: was trained without masked image modelling, so that its head is "
-                       "random; fine-tune it, and export the classifier")
     state = {k: v.float() for k, v in state.items() if not k.startswith("projector.")}
     return export(path, str(out), state, config, known)
 
@@ -1025,7 +1027,8 @@ def export_transformers(path, out, state, config, known):
         "preprocessor_config.json": json.dumps(processor, indent=1).encode(),
     }
     for name, content in files.items():
-        write_atomically(os.path.join(out, name), lambda file: file.write(content))
+        with write_atomically(os.path.join(out, name)) as file:
+            file.write(content)
     return (f"model = transformers.{kind}.from_pretrained({out!r})\n"
             f"transform = transformers.AutoImageProcessor.from_pretrained({out!r})")
 
@@ -1040,8 +1043,9 @@ def export_timm(path, out, state, config, known):
     if shared is not None:
         for number in range(config.depth):
             state[f"blocks.{number}.attn.relative_position_bias_table"] = shared
-    content = {"model": state, "classes": None if masked else known.get("classes")}
-    write_atomically(out, lambda file: torch.save(content, file))
+    with write_atomically(out) as file:
+        classes = None if masked else known.get("classes")
+        torch.save({"model": state, "classes": classes}, file)
     edge, mean, std = evaluation_view(config, known)
     model = dict(
         checkpoint_path=out, img_size=config.image_size, patch_size=config.patch_size,
@@ -1080,7 +1084,8 @@ def export_onnx(path, out, state, config, known):
                  classes=known.get("classes"))
     for name, value in about.items():
         program.model.metadata_props[name] = json.dumps(value)
-    write_atomically(out, lambda file: file.write(program.model_proto.SerializeToString()))
+    with write_atomically(out) as file:
+        file.write(program.model_proto.SerializeToString())
     return (f"session = onnxruntime.InferenceSession({out!r})\n"
             "about = session.get_modelmeta().custom_metadata_map  # how images are prepared\n"
             "logits = session.run(['logits'], {'images': images})[0]")

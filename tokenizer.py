@@ -14,18 +14,18 @@ A target is a class with one line in TOKENIZERS, at the end of the file. It has
     num_outputs           how many numbers predict one target: vocab_size logits, or its values
     encode(images)        (B, 3, H, W) in [0, 1] -> int64 (B, H / downsample, W / downsample), or
                           float (B, H / downsample, W / downsample, num_outputs)
-    decode(targets)       the inverse, to images (B, 3, H, W)
-    form                  what follows its name in --tokenizer: "", ":FILE", or "[:DIR]" if optional
-    load(argument, device, patch_size), untrained(**options)
-                          class methods: from that argument; and with random weights, to measure
-                          with. A target without any is made by its __init__(patch_size)
+    decode(targets)       optional: the inverse, to images (B, 3, H, W), for pictures
+    needs_file            whether a file must follow its name in --tokenizer, as in dvae:FILE
+    load(argument, device, patch_size)
+                          class method: the target from what follows "name:" in --tokenizer, maybe ""
+    untrained(**options)  class method: with random weights, to train or to measure with
 
-and the loss and the trivial baselines, from `DiscreteTarget` or `ContinuousTarget`.
+and the loss and the trivial baselines, from `DiscreteTarget` or `ContinuousTarget`. A target
+without weights needs neither class method if its __init__ takes patch_size.
 """
 
 import math
 import os
-import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -33,9 +33,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
 from masking import BadInput
+from model import read_checkpoint, short_message
 
 DALLE_URL = "https://cdn.openai.com/dall-e/"  # + encoder.pkl, decoder.pkl
 
@@ -50,18 +51,17 @@ def build_tokenizer(spec, device="cpu", patch_size=16):
     ValueError, for an unknown spec or a file that is not what it should be.
     """
     kind, _, argument = spec.partition(":")
-    form = TOKENIZERS[kind].form if kind in TOKENIZERS else None
-    if form is None or (form[:1] == ":" and not argument) or (argument and not form):
-        known = ", ".join(name + target.form for name, target in TOKENIZERS.items())
-        raise BadInput(f"--tokenizer={spec}: unknown; known are {known}")
+    if kind not in TOKENIZERS or (TOKENIZERS[kind].needs_file and not argument):
+        known = [f"{name}:FILE" if t.needs_file else name for name, t in TOKENIZERS.items()]
+        raise BadInput(f"--tokenizer={spec}: unknown; known are {', '.join(known)}")
     tokenizer = TOKENIZERS[kind].load(argument, torch.device(device), patch_size)
     return tokenizer.to(device).eval().requires_grad_(False)
 
 
 class Target(nn.Module):
-    """What a target is that needs no argument."""
+    """What all targets share: here a target without weights."""
 
-    form = ""
+    needs_file = False
 
     @classmethod
     def load(cls, argument, device, patch_size):
@@ -132,7 +132,6 @@ class ContinuousTarget(Target):
 class DalleTokenizer(DiscreteTarget):
     """DALL-E's dVAE from the `dall-e` package: 8192 tokens, one for 8x8 pixels (sec. 2.4)."""
 
-    form = "[:DIR]"
     vocab_size = 8192
     downsample = 8
 
@@ -247,7 +246,7 @@ class DVAE(DiscreteTarget):
     arXiv 2102.12092).
     """
 
-    form = ":FILE"
+    needs_file = True
 
     def __init__(self, config):
         super().__init__()
@@ -450,7 +449,7 @@ class VQGANDecoder(nn.Module):
 class VQGAN(DiscreteTarget):
     """Encoder, codebook and decoder, a token per 16x16 pixels; vocab_size is 1024 or 16384."""
 
-    form = ":FILE"
+    needs_file = True
     downsample = 16
 
     def __init__(self, vocab_size):
@@ -509,11 +508,9 @@ def images_of(patches, size):
 
 
 class Pixels(ContinuousTarget):
-    """The pixels of a patch (table 4), less 0.5 and times 4, so that they spread by about one; with
-    `norm` less the patch's own mean and over its own deviation (MAE, arXiv 2111.06377), which
-    leaves the network its structure to predict and not its brightness."""
-
-    form = "[:norm]"
+    """The pixels of a patch (table 4), less 0.5 and times 4, so that they spread by about one. With
+    `norm` the patch's own mean is taken out, and it is divided by its own deviation (MAE, arXiv
+    2111.06377): the network then predicts the structure of a patch, and not its brightness."""
 
     def __init__(self, patch_size, norm):
         super().__init__()
@@ -532,7 +529,8 @@ class Pixels(ContinuousTarget):
         return F.layer_norm(values, values.shape[3:], eps=1e-6) if self.norm else values
 
     def decode(self, values):
-        """With `norm` each patch has a grey mean and the same contrast: its own are not known."""
+        """With `norm` all patches are gray on average and have the same contrast, because the
+        target does not hold their own."""
         return (images_of(values.float(), self.downsample) / 4 + 0.5).clamp(0, 1)
 
 
@@ -548,10 +546,10 @@ class PCAConfig:
 
 
 class PCA(ContinuousTarget):
-    """The first principal components of a patch's pixels, each over its standard deviation
-    (whitened): as many numbers as the picture needs, all of them as important to predict."""
+    """The first principal components of a patch's pixels, each divided by its standard deviation
+    (whitened): few numbers per patch, and all of them are as important to predict."""
 
-    form = ":FILE"
+    needs_file = True
 
     def __init__(self, config):
         super().__init__()
@@ -591,58 +589,19 @@ class PCA(ContinuousTarget):
 
     @property
     def deviations(self):
-        """(k,); a component that does not vary counts for nothing, and is not blown up."""
+        """(k,); a component that does not vary counts for nothing, and its noise is not amplified."""
         return self.variances[: len(self.components)].sqrt().clamp(min=1e-4)
 
     def encode(self, images):
-        centred = patches_of(images, self.config.patch_size) - self.mean
+        centered = patches_of(images, self.config.patch_size) - self.mean
         with torch.autocast(images.device.type, enabled=False):  # dividing amplifies its errors
-            return centred @ self.components.T / self.deviations
+            return centered @ self.components.T / self.deviations
 
     def decode(self, values):
-        """Fewer components than all, the first ones, will do."""
+        """`values` may hold the first components alone."""
         kept = values.shape[3]
         patches = (values.float() * self.deviations[:kept]) @ self.components[:kept] + self.mean
         return images_of(patches, self.config.patch_size).clamp(0, 1)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-class Opaque:
-    """What read_checkpoint makes of every object that is neither a tensor nor a plain value."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-
-def read_checkpoint(path):
-    """The dict that torch.save wrote to `path`, on the CPU. Nothing in the file can run code: only
-    tensors and plain values are unpickled. The rest, such as the command line in the official
-    checkpoints and the callbacks in Lightning's, becomes empty objects."""
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such file; give a checkpoint.pt or an official .pth file")
-    try:
-        zipped = zipfile.is_zipfile(path)  # as torch has written them since 1.6
-        names = get_unsafe_globals_in_checkpoint(path) if zipped else ["argparse.Namespace"]
-        with safe_globals([(Opaque, name) for name in names]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        raise BadInput(f"{path}: damaged, or no checkpoint of plain tensors "
-                       f"({short_message(error)})") from error
-
-
-def short_message(error):
-    """The line of an error that says what went wrong: torch's begin with advice or a headline."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    telling = ("WeightsUnpickler error", "Missing key", "Unexpected key", "size mismatch")
-    return next((line for line in lines if line.startswith(telling)), lines[0])[:200]
 
 
 TOKENIZERS = {
