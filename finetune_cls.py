@@ -219,7 +219,7 @@ def train(config):
 
 def evaluate_weights(config):
     """--task=eval: the metrics of a fine-tuned network, and what it confuses."""
-    config = as_trained(config, "eval_crop")
+    config = as_trained(config, "eval_crop", "probe_layer")
     device, dtype = setup_device(config)
     known = read_network(config.weights)[2]
     objective_class = OBJECTIVES.get(known.get("config", {}).get("task"), Classification)

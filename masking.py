@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode
@@ -176,6 +177,18 @@ class Views(Dataset):
 
 
 BICUBIC = InterpolationMode.BICUBIC
+
+
+def ssl_augment(size, area):
+    """What makes two views of an image hard to match by their colors alone (DINO, SimCLR)."""
+    blur = transforms.GaussianBlur(size // 20 * 2 + 1, (size / 2240, size / 112))  # SimCLR's, 10%
+    return transforms.Compose([
+        transforms.RandomResizedCrop(size, area, interpolation=BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+        transforms.RandomGrayscale(0.2),
+        transforms.RandomApply([blur], 0.5),
+    ])
 
 
 def draw_crop(height, width, least, rng):

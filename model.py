@@ -106,7 +106,9 @@ def bias_table(config):
 
 
 def relative_position_index(height, width):
-    """(1 + N, 1 + N) int64: the row of the table for each query and key; N = height * width."""
+    """The row of the table for each query and key: (1 + N, 1 + N and more) int64, N = height *
+    width. Nothing reads the columns that are added up to a multiple of 8, but fused attention
+    kernels copy a bias whose rows have another length."""
     side = 2 * width - 1
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place = (y * side + x).flatten()  # (N,)
@@ -115,13 +117,6 @@ def relative_position_index(height, width):
     index[1:, 1:] = place[:, None] - place[None, :] + middle
     last = (2 * height - 1) * side
     index[0, :], index[:, 0], index[0, 0] = last, last + 1, last + 2
-    return index
-
-
-def padded_index(height, width):
-    """relative_position_index, with columns added up to a multiple of 8. Nothing reads the biases of
-    the added columns, but fused attention kernels copy a bias whose rows have another length."""
-    index = relative_position_index(height, width)
     return F.pad(index, (0, -len(index) % 8))
 
 
@@ -216,7 +211,7 @@ class ViT(nn.Module):
         if config.position == "absolute":
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, config.dim))
         else:
-            index = padded_index(config.grid, config.grid)
+            index = relative_position_index(config.grid, config.grid)
             self.register_buffer("relative_index", index, persistent=False)
         if config.position == "shared_relative":
             table = {"relative_position_bias_table": bias_table(config)}
@@ -251,7 +246,7 @@ class ViT(nn.Module):
         index = self.relative_index
         if grid != (self.config.grid, self.config.grid):
             tables = [resize_positions(table, *grid, self.resize) for table in tables]
-            index = copy_to(index.device, padded_index(*grid))
+            index = copy_to(index.device, relative_position_index(*grid))
         # embedding() and not table[index]: its backward adds up in a fixed order, so that a resumed
         # run is bit-identical
         biases = [F.embedding(index, table).permute(2, 0, 1).contiguous() for table in tables]
@@ -285,6 +280,8 @@ class ViT(nn.Module):
         before any final norm."""
         return self.layers(images)[-1]
 
+    forward = features  # subclasses add a head
+
     def attention_probs(self, images):
         """What the last block attends to in images (B, 3, H, W), normalized: (B, heads, 1 + N
         queries, 1 + N keys)."""
@@ -297,9 +294,6 @@ class ViT(nn.Module):
         mean 0 and variance 1, for probes and nearest neighbours (app. D): (depth, B, D)."""
         means = torch.stack([x[:, 1:].mean(dim=1) for x in self.layers(images)[1:]])
         return F.layer_norm(means, means.shape[2:])
-
-    def forward(self, images):
-        return self.features(images)
 
 
 class BEiT(ViT):
@@ -528,10 +522,12 @@ class MoCo(ContrastiveLoss):
     temperature = 0.2
 
     def make_head(self, dim, hidden):
-        return MoCoHead(dim, hidden)
+        """A projector, and a predictor that only the student uses: (B, dim) -> (B, 256)."""
+        return nn.Sequential(make_mlp(dim, hidden, hidden, 256, norm=True),
+                             make_mlp(256, hidden, 256, norm=True))
 
     def teacher_outputs(self, head, x):
-        return head(x, predict=False)
+        return head[0](x)
 
     def forward(self, student, other, progress):
         queries = F.normalize(student, dim=1)
@@ -555,15 +551,12 @@ class SimCLR(ContrastiveLoss):
         a = F.normalize(student, dim=1)
         b = F.normalize(other, dim=1)
         keys = torch.cat([gather(a), gather(b)])
-        count = len(keys) // 2
-        itself = own_rows(a)
-        loss_a = self.find(a, keys, itself, itself + count)
-        return (loss_a + self.find(b, keys, itself + count, itself)) / 2
-
-    def find(self, queries, keys, itself, labels):
-        logits = queries @ keys.T / self.temperature  # (B, 2 * global batch)
+        rows = own_rows(a)
+        itself = torch.cat([rows, rows + len(keys) // 2])  # (2 * B,)
+        logits = torch.cat([a, b]) @ keys.T / self.temperature  # (2 * B, 2 * global batch)
         logits = logits.scatter(1, itself[:, None], -math.inf)
-        return F.cross_entropy(logits, labels, reduction="sum")
+        labels = itself.roll(len(rows))  # of the other view
+        return F.cross_entropy(logits, labels, reduction="sum") / 2
 
 
 def own_rows(x):
@@ -617,19 +610,6 @@ class DINOHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # too coarse for a temperature of 0.04
             return F.linear(F.normalize(x.float()), F.normalize(self.prototypes))
 
-
-class MoCoHead(nn.Module):
-    """MoCo v3's projector, and the predictor that only the student uses (arXiv 2104.02057):
-    (B, dim) -> (B, 256)."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.projector = make_mlp(dim, hidden, hidden, 256, norm=True)
-        self.predictor = make_mlp(256, hidden, 256, norm=True)
-
-    def forward(self, x, predict=True):
-        x = self.projector(x)
-        return self.predictor(x) if predict else x
 
 
 CONTRASTIVE_LOSSES = {"none": None, "dino": DINO, "moco": MoCo, "simclr": SimCLR}
@@ -814,6 +794,7 @@ def read_network(path):
         checkpoint.pop("objective", None)  # the same network again, and a teacher
     else:
         arch = {}
+    known["ours"] = "dim" in arch  # a transformers folder knows no more than the heads
     state, known["part"] = find_network(checkpoint)
     needed = {"cls_token", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
     if not needed <= state.keys() or state["patch_embed.proj.weight"].dim() != 4:
@@ -930,7 +911,7 @@ def load_weights(model, path, head=False):
                            "the --size, --variant, --patch_size and classes it was trained with")
     left_out = [name for name in state if name not in loaded]
     for name in left_out:
-        ours = "config" in known and not name.startswith(HEAD_NAMES)
+        ours = known["ours"] and not name.startswith(HEAD_NAMES)
         if ours or name.startswith(("blocks.", "pos_embed", "rel_pos_bias.")):
             raise BadInput(f"{path}: {name} has no place in the model; give the --size and "
                            "--variant it was trained with")

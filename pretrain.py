@@ -12,8 +12,8 @@ components; --tokenizer=dvae or pca does that first. --contrast=dino, moco or si
 its speed, `--help` lists every option. Run a command again after it was killed: it goes on there.
 
 Read from the top: options, the objective, the loop, evaluation, main; that is all of BEiT's
-pre-training. What the loop calls follows, then other objectives, then tools. The loop and what it
-calls serve all three scripts.
+pre-training. What the loop calls follows, then other objectives, then tools. The loop is that of
+all three scripts.
 Data flows masking.py (views and mask) -> tokenizer.py (targets) -> model.py (predictions) -> here.
 """
 
@@ -52,7 +52,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -61,7 +60,7 @@ from masking import (
     BICUBIC, DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all,
     batches_of_steps, denormalize, derive_seed, draw_mask, evenly, local_shard, make_loader,
     micro_batches, network_inputs, normalize, open_images, open_pictures, patch_grid, permutation,
-    rank, world_size,
+    rank, ssl_augment, world_size,
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
@@ -185,26 +184,25 @@ PRESETS = {
 
 
 class Objective(nn.Module):
-    """What is trained, on what loss. `fit` trains whatever of it requires a gradient.
+    """What is trained, on what loss. `fit` trains whatever of it requires a gradient, and saves all
+    of it. An objective has a `model`, the network, which is also saved under its official names; in
+    pre-training a `token_size`, the pixels per side of the view that targets are made of; and
 
-    model        the network, saved under the official names
-    tokenizer    frozen, made again at each start and left out of checkpoints; or None
-    token_size   pixels per side of the view that targets are made of
     forward(inputs, denominators, progress)
-                 (loss, metrics): the sums over these images divided by `denominators`, which count
-                 the global batch, so that all shares add up to means; progress is 0 to 1
+        (loss, metrics): the sums over these images divided by `denominators`, which count the
+        global batch, so that all shares add up to means; progress is 0 to 1
     """
 
     norm = "imagenet"  # of the pixels that the network sees
     mask = "none"  # how its input is masked: a name in MASKS
     extra_views = {}  # views it needs besides the paired ones: {name: (count, transform)}
-    notes = {}  # what else a checkpoint holds
+    notes = {}  # what else a checkpoint says
     picture = "reconstruction.png"  # the name of the file with its `pictures`
     one_by_one = False  # whether held-out images differ in size
 
     def __init__(self, tokenizer=None):
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # frozen
 
     def inputs(self, batch, device):
         """What the network sees of a loaded batch, on the device."""
@@ -358,7 +356,6 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
                                config.repeats)
     loader = make_loader(dataset, batches, config.num_workers, device)
     logger = Logger(config, dataset.images, start, steps, steps_per_epoch)
-    frozen = checksum(objective.tokenizer)
 
     for step, batch in enumerate(loader, start):
         # What every process has to know before it starts, in one exchange between the CPUs: what
@@ -409,11 +406,12 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
                 objective.train()
             logger.write(record)
         if "checkpoint" in due:
-            save_run(config, objective, optimizer, scaler, logger.done, frozen)
-    if not logger.close():
-        save_run(config, objective, optimizer, scaler, logger.done, frozen)
+            save_run(config, objective, optimizer, scaler, logger.done)
+    finished = logger.close()
+    if not finished:
+        save_run(config, objective, optimizer, scaler, logger.done)
         log(f"SIGTERM: saved step {logger.done}; the same command goes on from there")
-    return logger.done == steps
+    return finished
 
 
 @torch.no_grad()
@@ -462,7 +460,7 @@ def train(config):
     train_images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                                  config.val_images)
     objective = make_objective(config, device)
-    tokens = open_token_cache(config, train_images, objective.tokenizer)
+    tokens = cached_tokens(config, train_images, objective.tokenizer)
     dataset = Views(train_images, config, objective.token_size, True, objective.mask,
                     objective.extra_views, tokens)
     val_dataset = Views(val_images, config, objective.token_size, False, objective.mask)
@@ -651,50 +649,52 @@ def claim_folder(config, images):
     """Write OUT/config.json; raise BadInput if a run of another config or other training images is
     there. The same images may lie elsewhere."""
     options = {**asdict(config), "images": images.fingerprint()}
-    path = os.path.join(config.out, "config.json")
-    saved = [os.path.join(config.out, name) for name in ("checkpoint.pt", "previous.pt")]
+    out = config.out
+    path = f"{out}/config.json"
+    saved = [f"{out}/checkpoint.pt", f"{out}/previous.pt"]
     if config.resume == "auto" and os.path.exists(path) and any(map(os.path.exists, saved)):
         with open(path) as file:
             there = json.load(file)
-        changes = [f"{name}: {there[name]!r} there, {value!r} now"
-                   for name, value in options.items()
-                   if there.get(name, value) != value and name not in marked(type(config), "free")]
+        free = marked(type(config), "free")
+        changes = ", ".join(f"{name}: {there[name]!r} there, {value!r} now"
+                            for name, value in options.items()
+                            if name not in free and there.get(name, value) != value)
         if changes:
-            raise BadInput(f"{config.out} holds a run of another config ({', '.join(changes)}); "
-                           "give another --out, or --resume=never to replace it; to train longer, "
-                           f"--weights={config.out}/checkpoint.pt and another --out")
+            raise BadInput(f"{out} holds a run of another config ({changes}); give another --out, or "
+                           "--resume=never to replace it; to train longer, "
+                           f"--weights={out}/checkpoint.pt and another --out")
     if rank() == 0:
-        if config.resume == "never":
-            for checkpoint in saved:
-                with suppress(FileNotFoundError):  # else a rerun after an early kill would use them
-                    os.remove(checkpoint)
+        for checkpoint in saved if config.resume == "never" else ():
+            with suppress(FileNotFoundError):  # else a rerun after an early kill would use them
+                os.remove(checkpoint)
         try:
             with write_atomically(path) as file:
                 file.write(json.dumps(options, indent=1).encode())
         except OSError as error:
-            raise BadInput(f"--out={config.out}: cannot be written ({error})") from error
+            raise BadInput(f"--out={out}: cannot be written ({error})") from error
 
 
-def save_run(config, objective, optimizer, scaler, step, frozen):
-    """Write all that a run needs to go on with the same bits on CPUs and as many processes. Nothing
-    else has a state: order, crops, masks and noise are functions of seed, step and rank. `frozen` is
-    the tokenizer's checksum."""
-    if checksum(objective.tokenizer) != frozen:
-        raise RuntimeError("the tokenizer is frozen and left out of checkpoints, but it changed: "
-                           "give what changes, such as a teacher, to the objective")
-    state = objective.state_dict()
+def save_run(config, objective, optimizer, scaler, step):
+    """Write all that a run needs to go on with the same bits, on CPUs and with as many processes.
+    Nothing else has a state: order, crops, masks and noise are functions of seed, step and rank."""
     save_checkpoint(
-        config.out,
-        objective={name: state[name] for name in state if "tokenizer" not in name.split(".")},
+        config, objective.model, step,
+        objective=objective.state_dict(),  # with all that hangs on it: a teacher, the tokenizer
         optimizer=optimizer.state_dict(),
         scaler=scaler.state_dict(),
-        step=step,
-        config=asdict(config),
-        # the network again under its official names, for load_weights; it shares the storage
-        model=objective.model.state_dict(),
-        arch=asdict(objective.model.config),
         **objective.notes,
     )
+
+
+def save_checkpoint(config, model, step, **state):
+    """Write OUT/checkpoint.pt from the first process; the one before it stays as previous.pt. The
+    network stands in it under its official names, for load_weights; it shares the storage."""
+    state |= dict(config=asdict(config), step=step, model=model.state_dict(),
+                  arch=asdict(model.config))
+    if rank() == 0:
+        out = config.out
+        with write_atomically(f"{out}/checkpoint.pt", keep=f"{out}/previous.pt") as file:
+            torch.save(state, file)
 
 
 def load_run(config, objective, optimizer, scaler):
@@ -702,28 +702,16 @@ def load_run(config, objective, optimizer, scaler):
     state = load_checkpoint(config.out) if config.resume == "auto" else None
     if state is None:
         return 0
-    objective.load_state_dict({**objective.state_dict(), **state["objective"]})
+    objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:  # empty: the run had another --dtype until now
         scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 
-def checksum(network):
-    """A number that changes with the weights."""
-    return network and sum(value.double().sum().item() for value in network.state_dict().values())
-
-
-def save_checkpoint(out, **state):
-    """Write OUT/checkpoint.pt from the first process; the one before it stays as previous.pt."""
-    if rank() == 0:
-        with write_atomically(f"{out}/checkpoint.pt", keep=f"{out}/previous.pt") as file:
-            torch.save(state, file)
-
-
 def load_checkpoint(out):
-    """The newest undamaged checkpoint that save_checkpoint wrote; None if there is none."""
-    paths = [os.path.join(out, name) for name in ("checkpoint.pt", "previous.pt")]
+    """The newest undamaged checkpoint in a folder; None if there is none."""
+    paths = [f"{out}/checkpoint.pt", f"{out}/previous.pt"]
     paths = [path for path in paths if os.path.exists(path)]
     for path in paths:
         try:
@@ -754,7 +742,6 @@ class Logger:
         self.clock = time.time()
         self.stop = False
         self.history = []
-        self.names = []
         self.skipped_steps = self.bad_images = 0
         signal.signal(signal.SIGTERM, self.on_sigterm)
         self.bar = tqdm(total=steps, initial=start, disable=no_progress_bar())
@@ -769,8 +756,7 @@ class Logger:
         """Note a step's loss, metrics and gradient norm, this process's share of each, by their
         names, without waiting for the GPU. Returns what is due: a set of "log", "evaluation" and
         "checkpoint"."""
-        self.names = list(metrics)
-        self.history.append(torch.stack(list(metrics.values())))
+        self.history.append(metrics)
         self.bad_images += int(batch["skipped"].sum())
         self.done += 1
         self.bar.update()
@@ -783,23 +769,23 @@ class Logger:
     def read(self, lr):
         """The last step as a dict. Here the host waits for the GPU. Raises FloatingPointError if
         a loss since the last call is not finite."""
-        rows = torch.stack(self.history).cpu()
+        names = list(self.history[-1])
+        rows = torch.stack([torch.stack(list(step.values())) for step in self.history]).cpu()
         rows = np.array(all_reduce_sum(*rows.flatten().tolist())).reshape(rows.shape)
         for step, row in enumerate(rows, self.done - len(rows)):
             if not np.isfinite(row[0]):
                 config = self.config
                 keys = batch_of_step(step, len(self.images), config.batch_size, config.seed,
                                      config.repeats)
-                files = ", ".join(self.images.name(index) for _, index in keys)
                 raise FloatingPointError(
                     f"the loss of step {step + 1} is {row[0]}; the last checkpoint is untouched. "
-                    f"Lower --lr, or look at the images of its batch: {files}"
-                )
+                    "Lower --lr, or look at the images of its batch: "
+                    + ", ".join(self.images.name(index) for _, index in keys))
         self.history.clear()
         # gradients that are not finite: float16's loss scaling skips such a step
         self.skipped_steps += int((~np.isfinite(rows[:, -1])).sum())
         record = {"step": self.done, "epoch": round(self.done / self.steps_per_epoch, 4)}
-        record |= dict(zip(self.names, rows[-1].tolist(), strict=True), lr=lr)
+        record |= dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
         seconds = time.time() - self.clock
         record["images_per_s"] = (self.done - self.logged) * self.config.batch_size / seconds
         if self.skipped_steps:
@@ -987,15 +973,14 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
         if name in OPEN_CHOICES:
             text += f"; known names: {', '.join(OPEN_CHOICES[name])}"
         text = f"{text} (default: {getattr(config_class, name)!r})".replace("%", "%%")
-        how = {"type": kind}
+        how = {"help": text, "default": argparse.SUPPRESS}
         if kind is tuple:
-            how = {"nargs": "*"}
-        elif kind is bool:
-            how = {"type": boolean, "nargs": "?", "const": True}  # --dry_run alone is true
-        elif get_args(kind) or name in choices:
-            how = {"choices": get_args(kind) or list(choices[name])}
-        option = name if kind is tuple else f"--{name}"
-        parser.add_argument(option, help=text, default=argparse.SUPPRESS, **how)
+            parser.add_argument(name, nargs="*", **how)
+        elif kind is bool:  # --dry_run alone is true
+            parser.add_argument(f"--{name}", type=boolean, nargs="?", const=True, **how)
+        else:
+            names = get_args(kind) or choices.get(name)
+            parser.add_argument(f"--{name}", type=str if names else kind, choices=names, **how)
     given = vars(parser.parse_args(argv))
     recipe = presets[given.pop("preset")]
     if "epochs" in given:  # a preset's steps would override them
@@ -1018,8 +1003,38 @@ def field_texts(config_class):
     return dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", source, flags=re.MULTILINE))
 
 
+
+# What a machine's error says -> what to do
+REMEDIES = {
+    "shared memory|file </torch_": "give --num_workers=0, or more shared memory (Docker: "
+                                   "--shm-size=8g)",
+    "out of memory|can't allocate memory": "lower --micro_batch",
+    "No space left on device|Disk quota exceeded|File too large":
+        "make room and run it again; the last checkpoint is intact",
+    "Permission denied|Read-only file system": "give another --out",
+}
+
+
+def run(main):
+    """Call main(). Bad input becomes one line and exit code 2, an error of the machine one line with
+    what to do and code 1; any other error keeps its traceback."""
+    try:
+        main()
+    except Exception as error:
+        # the message of a loader process comes behind its traceback
+        message = str(error).strip().rpartition("\n")[2].removeprefix("masking.BadInput: ")
+        remedies = [remedy for symptoms, remedy in REMEDIES.items() if re.search(symptoms, message)]
+        if isinstance(error, (BadInput, FloatingPointError)):  # Logger.read's is the latter
+            fail(message, 2 if isinstance(error, BadInput) else 1)
+        if remedies:
+            fail(f"{message}; {remedies[0]}", 1)
+        traceback.print_exc()
+        leave(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def fail(message, code):
-    """Print one line and exit: code 2 for bad input, 1 for a run that went wrong."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     leave(code)
 
@@ -1028,45 +1043,6 @@ def leave(code):
     if multiprocessing.active_children():  # loader processes leave when they see this one gone;
         os._exit(code)  # sys.exit would send them SIGTERM, which they ignore, and wait for ever
     sys.exit(code)
-
-
-DISK_IS_FULL = "make room and run it again; the last checkpoint is intact"
-# What a machine's error says -> what to do
-REMEDIES = {
-    "shared memory": "give --num_workers=0, or more of it (Docker: --shm-size=8g)",
-    "file </torch_": "give --num_workers=0, or more shared memory (Docker: --shm-size=8g)",
-    "out of memory": "lower --micro_batch",
-    "can't allocate memory": "lower --micro_batch",
-    "No space left on device": DISK_IS_FULL,
-    "Disk quota exceeded": DISK_IS_FULL,
-    "File too large": DISK_IS_FULL,
-    "Permission denied": "give another --out",
-    "Read-only file system": "give another --out",
-}
-
-
-def last_line(error):
-    """The message of an error; a loader process's comes behind its traceback."""
-    return str(error).strip().rpartition("\n")[2]
-
-
-def run(main):
-    """Call main(). Bad input becomes one line; any other error keeps its traceback."""
-    try:
-        main()
-    except BadInput as error:
-        fail(last_line(error).removeprefix("masking.BadInput: "), 2)
-    except FloatingPointError as error:  # Logger.read's
-        fail(error, 1)
-    except Exception as error:
-        message = last_line(error)
-        for symptom, remedy in REMEDIES.items():
-            if symptom in message:
-                fail(f"{message}; {remedy}", 1)
-        traceback.print_exc()
-        leave(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # ---- other objectives ----------------------------------------------------------------------------
@@ -1156,7 +1132,12 @@ class Contrast(Objective):
         if self.loss.has_teacher:
             momentum = config.teacher_momentum or self.loss.teacher_momentum
             self.teacher = Teacher(self.model, momentum)
-        self.extra_views = contrastive_views(config, self.loss.crop_area)
+        separate = model is None or config.local_crops  # passes, as in appendix E
+        whole = ssl_augment(config.image_size, self.loss.crop_area)
+        self.extra_views = {"views": (2 if separate else 1, whole)}
+        if config.local_crops:  # of 5% to 40% of the area, and 96 pixels for 224
+            side = max(1, round(self.model.config.grid * 96 / 224)) * config.patch_size
+            self.extra_views["local_views"] = config.local_crops, ssl_augment(side, (0.05, 0.4))
 
     def make_model(self, config):
         model = ViT(vit_config(config))
@@ -1233,25 +1214,24 @@ class Contrast(Objective):
     @staticmethod
     def check(config):
         vit_config(config)
-        loss = CONTRASTIVE_LOSSES[config.contrast]
-        name = f"--contrast={config.contrast}"
         check_range(config, 0, math.inf, "local_crops", "projector_dim", "mim_weight",
                     "contrast_weight")
         check_range(config, 1, math.inf, "prototypes")
         check_range(config, 0, 1, "teacher_momentum")
         check_range(config, 0.001, math.inf, "teacher_temperature")
+        loss = CONTRASTIVE_LOSSES[config.contrast]
+        name = f"--contrast={config.contrast}"
         if config.local_crops and not loss.sees_local_crops:
             raise BadInput(f"--local_crops={config.local_crops}: {name} has no small views")
         if not config.mim_weight + config.contrast_weight:
             raise BadInput("--mim_weight=0 --contrast_weight=0: nothing is left to train on")
         processes = config.processes if config.dry_run and config.processes else world_size()
-        need = math.ceil(config.batch_size / processes)
-        if loss.needs_whole_batch and config.micro_batch < need:
+        batch = config.batch_size
+        need = math.ceil(batch / processes)
+        if loss.needs_whole_batch and (config.micro_batch < need or batch < 2 or batch % processes):
             raise BadInput(f"{name}: compares all images of a batch, so gradients cannot "
-                           f"accumulate; give --micro_batch={need}, or a smaller --batch_size")
-        if loss.needs_whole_batch and (config.batch_size < 2 or config.batch_size % processes):
-            raise BadInput(f"--batch_size={config.batch_size}: {name} compares the images of a "
-                           f"batch; give a multiple of the {processes} processes, 2 or more")
+                           f"accumulate; give --micro_batch={need} or more, and a --batch_size that "
+                           f"is 2 or more and a multiple of the {processes} processes")
 
 
 class MIMWithContrast(MaskedImageModeling):
@@ -1305,30 +1285,6 @@ class MIMWithContrast(MaskedImageModeling):
         Contrast.check(config)
 
 
-def contrastive_views(config, crop_area):
-    """{name: (count, transform)}: one whole view besides MIM's, or two where the loss has passes of
-    its own, and DINO's small ones, which have 5% to 40% of the area and 96 pixels for 224."""
-    whole = ssl_augment(config.image_size, crop_area)
-    separate = config.local_crops or not config.mim_weight
-    views = {"views": (2 if separate else 1, whole)}
-    if config.local_crops:
-        grid = config.image_size // config.patch_size
-        side = max(1, round(grid * 96 / 224)) * config.patch_size
-        views["local_views"] = (config.local_crops, ssl_augment(side, (0.05, 0.4)))
-    return views
-
-
-def ssl_augment(size, area):
-    """What makes two views of an image hard to match by their colors alone (DINO, SimCLR)."""
-    blur = transforms.GaussianBlur(size // 20 * 2 + 1, (size / 2240, size / 112))  # SimCLR's, 10%
-    return transforms.Compose([
-        transforms.RandomResizedCrop(size, area, interpolation=BICUBIC),
-        transforms.RandomHorizontalFlip(),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-        transforms.RandomGrayscale(0.2),
-        transforms.RandomApply([blur], 0.5),
-    ])
-
 
 # ---- tools: targets that are made first, pictures, cached tokens, the plan, speed ----------------
 
@@ -1360,8 +1316,8 @@ def fit_pca(config):
         log(f"pca into {config.out}: done already")
         return True
     dataset = Views(images, config, config.image_size, train=True)
-    keys = [(0, index, 0.0) for index in permutation(len(images), config.seed, 0)[:5_000]]
-    keys = local_shard(keys)
+    order = permutation(len(images), config.seed, 0)
+    keys = local_shard([(0, index, 0.0) for index in order[:5_000]])
     batches = [keys[i : i + config.micro_batch] for i in range(0, len(keys), config.micro_batch)]
     loader = make_loader(dataset, batches, config.num_workers, device)
     moments = 0
@@ -1371,19 +1327,17 @@ def fit_pca(config):
     pca.fit(torch.tensor(all_reduce_sum(*moments.tolist()), dtype=torch.float64))
 
     explained = (100 * pca.variances.cumsum(0) / pca.variances.sum()).tolist()
-    counts = [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < config.components]
-    counts.append(config.components)
-    log(f"{config.components} of {len(explained)} components hold "
-        f"{explained[config.components - 1]:.2f}% of the variance of a patch:")
-    log("  ".join(f"{n}: {explained[n - 1]:.1f}%" for n in counts))
-    save_checkpoint(config.out, model=pca.state_dict(), arch=asdict(pca.config), step=0,
-                    config=asdict(config))
+    counts = sorted({math.ceil(config.components / 4**n) for n in range(4)})
+    for n in counts:
+        log(f"{n} of {len(explained)} components hold {explained[n - 1]:.2f}% of the variance of a "
+            "patch")
+    save_checkpoint(config, pca, step=0)
     if rank() == 0:
         batch = sample_batch(Views(val_images, config, config.image_size, train=False), 8)
         images = network_inputs(batch, torch.device("cpu"), config.norm)["token_images"]
         values = pca.encode(images)
-        columns = {f"{n} components": pca.decode(values[..., :n]) for n in counts[-5:]}
-        save_columns(os.path.join(config.out, "reconstruction.png"), {"image": images, **columns})
+        columns = {f"{n} components": pca.decode(values[..., :n]) for n in counts}
+        save_columns(f"{config.out}/reconstruction.png", {"image": images, **columns})
     return True
 
 
@@ -1395,72 +1349,70 @@ def reconstruct(config):
     if options.get("task") != "mim" or not options.get("mim_weight"):
         raise BadInput(f"--weights={config.weights}: no checkpoint.pt of masked image modeling")
     device, dtype = setup_device(config)
-    taken = options.keys() & {f.name for f in fields(Config)} - marked(Config, "free")
-    trained = replace(config, **{name: options[name] for name in taken}, contrast="none")
-    trained = replace(trained, mim_weight=1.0, local_crops=0, weights=config.weights)
-    trained.out = os.path.dirname(config.weights)  # where its tokenizer is, if it was trained first
+    kept = marked(Config, "free") | {"weights", "contrast", "mim_weight", "local_crops"}
+    taken = {name: value for name, value in options.items() if name not in kept}
+    # its tokenizer lies beside it, if the run trained it first
+    trained = replace(config, **taken, out=os.path.dirname(config.weights))
     objective = make_objective(trained, device).eval()
     patch_sizes = {"images": trained.patch_size, "token_images": objective.tokenizer.downsample}
     images = open_pictures(config.data, trained.image_size)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
         height, width = patch_grid(picture.shape[1:], trained.image_size, trained.patch_size)
-        batch = {}
+        rng = np.random.default_rng([config.seed, index])
+        mask = draw_mask(trained.mask, trained, rng, 1.0, (height, width))
+        batch = dict.fromkeys(("mask", "predict"), torch.from_numpy(mask)[None])
         for name, patch in patch_sizes.items():
             sides = [height * patch, width * patch]
             batch[name] = TF.resize(picture, sides, BICUBIC, antialias=True)[None]
-        rng = np.random.default_rng([config.seed, index])
-        mask = draw_mask(trained.mask, trained, rng, 1.0, (height, width))
-        batch["mask"] = batch["predict"] = torch.from_numpy(mask)[None]
         with autocast(device, dtype):
             columns = objective.reconstruct(objective.inputs(batch, device))
-        path = os.path.join(config.out, f"reconstruction_{images.stem(index)}.png")
+        path = f"{config.out}/reconstruction_{images.stem(index)}.png"
         save_columns(path, columns)
         log("wrote", path)
 
 
 def token_cache_key(config, images, tokenizer):
     """What cached tokens depend on: the images, their views and the tokenizer."""
-    names = ("seed", "image_size", "patch_size", "crop_min", "jitter", "cache_epochs")
     digest = hashlib.sha256()
     for value in tokenizer.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
+    names = ("seed", "image_size", "patch_size", "crop_min", "jitter", "cache_epochs")
     key = {name: getattr(config, name) for name in names}
     return {**key, "images": images.fingerprint(), "tokenizer": digest.hexdigest()[:8]}
 
 
-def read_token_cache(folder, key):
-    """(tokens of --task=tokens, (epochs, images, h, w) uint16, how many epochs are done)."""
+def check_token_cache(folder, key):
+    """How many epochs of the tokens in a folder are done. Raises BadInput if they have another key."""
+    if not os.path.exists(f"{folder}/tokens.json"):
+        raise BadInput(f"--token_cache={folder}: holds no tokens.json; --task=tokens writes it, with "
+                       "the options of this run")
     with open(f"{folder}/tokens.json") as file:
         there = json.load(file)
     for name, value in key.items():
         if there.get(name) != value:
             raise BadInput(f"{folder}: tokens of another run: {name} is {there.get(name)} there, "
                            f"{value} here")
-    return np.load(f"{folder}/tokens.npy", mmap_mode="r+"), there["done"]
+    return there["done"]
 
 
-def open_token_cache(config, images, tokenizer):
-    """The tokens in --token_cache for all views of the training images in --cache_epochs epochs.
-    None without a cache; raises BadInput for the cache of another run."""
-    if config.token_cache == "none":
+def cached_tokens(config, images, tokenizer):
+    """The tokens (epochs, images, h, w) in --token_cache, of the views of all training images in
+    --cache_epochs epochs; None without a cache."""
+    if config.token_cache == "none" or tokenizer is None:
         return None
     check_range(config, 1, math.inf, "cache_epochs")
-    if not os.path.exists(f"{config.token_cache}/tokens.json"):
-        raise BadInput(f"--token_cache={config.token_cache}: holds no tokens.json; --task=tokens "
-                       "writes it, with the options of this run")
-    key = token_cache_key(config, images, tokenizer)
-    tokens, done = read_token_cache(config.token_cache, key)
+    done = check_token_cache(config.token_cache, token_cache_key(config, images, tokenizer))
     if done < config.cache_epochs:
         raise BadInput(f"--token_cache={config.token_cache}: {done} of {config.cache_epochs} epochs "
                        "are done; run its --task=tokens again")
-    return tokens
+    return np.load(f"{config.token_cache}/tokens.npy", mmap_mode="r")
 
 
 @torch.no_grad()
 def write_tokens(config):
-    """--task=tokens: write OUT/tokens.npy for --cache_epochs epochs, from the first one that is not
-    done yet. Its processes are to run on one machine."""
+    """--task=tokens: write OUT/tokens.npy, (epochs, images, h, w) uint16, for --cache_epochs epochs,
+    from the first one that is not done yet. Its processes are to run on one machine."""
     config = replace(config, task="mim")
     check_range(config, 1, math.inf, "cache_epochs")
     if config.tokenizer in PREREQUISITES:
@@ -1471,37 +1423,50 @@ def write_tokens(config):
     if not hasattr(objective.tokenizer, "vocab_size"):
         raise BadInput(f"--task=tokens: --tokenizer={config.tokenizer} has no tokens")
     key = token_cache_key(config, images, objective.tokenizer)
-    path = f"{config.out}/tokens.json"
-    if rank() == 0 and not os.path.exists(path):
-        os.makedirs(config.out, exist_ok=True)
-        grid = objective.model.config.grid
-        shape = (config.cache_epochs, len(images), grid, grid)
-        np.lib.format.open_memmap(f"{config.out}/tokens.npy", "w+", np.uint16, shape)
-        with write_atomically(path) as file:
-            file.write(json.dumps({**key, "done": 0}).encode())
-    barrier()  # the others wait for it
-    tokens, done = read_token_cache(config.out, key)
+
+    def note(done):
+        """Write tokens.json from the first process, while the others wait."""
+        if rank() == 0:
+            with write_atomically(f"{config.out}/tokens.json") as file:
+                file.write(json.dumps({**key, "done": done}).encode())
+        barrier()
+
+    if not os.path.exists(f"{config.out}/tokens.json"):
+        barrier()  # all have looked
+        if rank() == 0:
+            os.makedirs(config.out, exist_ok=True)
+            grid = objective.model.config.grid
+            shape = (config.cache_epochs, len(images), grid, grid)
+            np.lib.format.open_memmap(f"{config.out}/tokens.npy", "w+", np.uint16, shape)
+        note(0)
+    done = check_token_cache(config.out, key)
+    tokens = np.load(f"{config.out}/tokens.npy", mmap_mode="r+")
     dataset = Views(images, config, objective.token_size, train=True)
     for epoch in range(done, config.cache_epochs):
         keys = batches_of_all(len(images), config.micro_batch, epoch)
         loader = make_loader(dataset, keys, config.num_workers, device)
         bar = tqdm(loader, f"tokens of epoch {epoch}", len(keys), disable=no_progress_bar())
         for batch_keys, batch in zip(keys, bar, strict=True):
-            inputs = network_inputs(batch, device, config.norm)
+            inputs = objective.inputs(batch, device)
             found = objective.tokenizer.encode(inputs["token_images"])
             tokens[epoch, [index for _, index, _ in batch_keys]] = found.cpu().numpy()
         tokens.flush()
         barrier()
-        if rank() == 0:
-            with write_atomically(path) as file:
-                file.write(json.dumps({**key, "done": epoch + 1}).encode())
+        note(epoch + 1)
     log(f"wrote {config.out}/tokens.npy")
 
 
-def seconds_of(call, threads=None):
-    """The mean time of a few calls, after two that warm up."""
-    timer = Timer("call()", globals={"call": call}, num_threads=threads or torch.get_num_threads())
-    return timer.timeit(4).mean
+def seconds_of(statement, names, threads=None):
+    """The mean time of a statement in four runs, after two that warm up."""
+    threads = threads or torch.get_num_threads()
+    return Timer(statement, globals=names, num_threads=threads).timeit(4).mean
+
+
+def flops_of(call, *arguments):
+    # not every device's fused attention is counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call(*arguments)
+    return counter.get_total_flops()
 
 
 def plan(config):
@@ -1530,35 +1495,26 @@ def plan(config):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def unpack(tensor):
-        return tensor
-
-    def step(images=trial):
+    def step(images):
         """Forward and backward; returns the bytes that were kept between them."""
         kept.clear()
         part = micro_batches(batch, images)[0]
         inputs = objective.inputs(part, device)
-        with autocast(device, dtype), saved_tensors_hooks(keep, unpack):
+        with autocast(device, dtype), saved_tensors_hooks(keep, torch.Tensor.detach):
             loss, _ = objective(inputs, objective.denominators(part), 1.0)
         loss.backward()
-        loss.item()  # waits for the GPU
         return sum(kept.values())
 
     half = trial // 2 or 1
-    activations = (step() - step(half)) / (trial - half or 1)  # the rest is weights
-    # not every device's fused attention is counted
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step(half)
-    flops = counter.get_total_flops() / half
+    activations = (step(trial) - step(half)) / (trial - half or 1)  # the rest is weights
+    flops = flops_of(step, half) / half
     cache = "none: its targets are no tokens"
     if hasattr(tokenizer, "vocab_size"):
         few = objective.inputs(micro_batches(batch, half)[0], device)["token_images"]
-        with FlopCounterMode(display=False) as counter:
-            tokenizer.encode(few)
-        share = counter.get_total_flops() / half / flops
+        share = flops_of(tokenizer.encode, few) / half / flops
         cache = (f"{2 * count * objective.model.config.grid**2 / 1e9:,.3f} GB per epoch; saves "
                  f"{share:.0%} of the compute from the second run on, or with fewer --cache_epochs")
-    speed = config.images_per_s or trial / seconds_of(step)
+    speed = config.images_per_s or trial / seconds_of("step(trial)", locals())
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     # gradient and AdamW's two moments besides the weight; a teacher and a tokenizer have only that
     weights = 12 * trained + 4 * sum(p.numel() for p in objective.parameters())
@@ -1586,17 +1542,15 @@ def bench(objective, parallel, optimizer, dataset, config, device, dtype):
     size = min(config.micro_batch, config.batch_size // world_size())
     count = min(10, len(dataset) // (size * world_size()))
     batches = [*batches_of_steps(0, count, len(dataset), size * world_size(), config.seed)]
-    batch = next(iter(make_loader(dataset, batches[:1], 0, device)))
     keys = itertools.cycle(itertools.chain(*batches))
     loader = iter(make_loader(dataset, itertools.cycle(batches), config.num_workers, device))
+    batch = next(loader)
+    has_tokenizer = objective.tokenizer is not None and "tokens" not in batch
 
-    def load():
-        dataset[next(keys)]
-
-    def encode(batch=batch):
-        """The inputs with their tokens, if the objective wants any."""
+    def encode(batch):
+        """The network's inputs, and their tokens."""
         inputs = objective.inputs(batch, device)
-        if objective.tokenizer is not None and "tokens" not in inputs:
+        if has_tokenizer:
             with autocast(device, dtype):
                 inputs["tokens"] = objective.tokenizer.encode(inputs["token_images"])
         return inputs
@@ -1608,36 +1562,30 @@ def bench(objective, parallel, optimizer, dataset, config, device, dtype):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def model_step():
-        step(inputs, denominators)
-
-    def whole_step():
-        batch = next(loader)
-        step(objective.inputs(batch, device), objective.denominators(batch))
-
     few = micro_batches(batch, 2)[0]
-    inputs, denominators = encode(few), objective.denominators(few)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model_step()
-    flops = counter.get_total_flops() / len(few["images"])
-    inputs, denominators = encode(), objective.denominators(batch)
-    has_tokens = objective.tokenizer is not None and "tokens" not in batch
-    rates = {
-        "load_images_per_s_per_core": 1 / seconds_of(load, threads=1),  # as in a loader's process
-        "tokenizer_images_per_s": size / seconds_of(encode) if has_tokens else None,
-        "model_images_per_s": size / seconds_of(model_step),
-        "step_images_per_s": size / seconds_of(whole_step),
-    }
+    flops = flops_of(step, encode(few), objective.denominators(few)) / len(few["images"])
+    inputs, denominators = encode(batch), objective.denominators(batch)
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    names = globals() | locals()
+    load = seconds_of("dataset[next(keys)]", names, threads=1)  # as in a loader's process
+    tokenize = seconds_of("encode(batch)", names) if has_tokenizer else None
+    learn = seconds_of("step(inputs, denominators)", names)
+    whole = seconds_of("b = next(loader); "
+                       "step(objective.inputs(b, device), objective.denominators(b))", names)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    rates["peak_memory_gb"] = peak / 1e9
-    side = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    most = 2 * side**3 / seconds_of(lambda: matrix @ matrix)
-    rates["utilisation"] = flops * rates["model_images_per_s"] / most
-    days = steps * config.batch_size / 86_400
-    days /= rates["step_images_per_s"] * world_size()
+    most = 2 * side**3 / seconds_of("matrix @ matrix", names)
+    rates = {
+        "load_images_per_s_per_core": 1 / load,
+        "tokenizer_images_per_s": tokenize and size / tokenize,
+        "model_images_per_s": size / learn,
+        "step_images_per_s": size / whole,
+        "peak_memory_gb": peak / 1e9,
+        "utilisation": flops * size / learn / most,
+    }
+    days = steps * config.batch_size / (size / whole * world_size()) / 86_400
     for name, value in rates.items():
         log(f"{name:27}{'none' if value is None else format(value, '.4g')}")
     log(f"{size} images a step of {flops / 1e9:.1f} GFLOP each; a matrix product does "
