@@ -3,25 +3,21 @@
 No arguments is the recipe of table 13: ViT-B from out/run/checkpoint.pt, 100 epochs of ImageNet-1k
 at 224 px, batch 1024. The paper reports 83.2% top-1 for it, and 81.8% for DeiT-B from scratch;
 neither has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/, or CLASS/, of
-which a tenth is held out. On 8 GPUs:
+which a tenth is held out. On 8 GPUs; in minutes on two CPU cores, after `python pretrain.py
+--preset=shapes --steps=1200`; for any folder of images:
     torchrun --nproc_per_node=8 finetune_cls.py --data=/path/to/imagenet --out=out/imagenet
-In minutes on two CPU cores, after `python pretrain.py --preset=shapes --steps=1200`:
     python finetune_cls.py --preset=shapes
-What frozen features are worth (appendix D), and what the last block looks at (section 3.4):
-    python finetune_cls.py --preset=probe --data=/path/to/imagenet
-    python finetune_cls.py --task=knn --data=/path/to/imagenet --labels_per_class=50
-    python finetune_cls.py --task=attention --weights=out/shapes/checkpoint.pt --data=picture.jpg
-Evaluate, classify any folder of images, or draw the accuracy of several runs against their epochs:
-    python finetune_cls.py --task=eval --weights=out/imagenet/checkpoint.pt --data=/path/to/imagenet
     python finetune_cls.py --task=predict --weights=out/imagenet/checkpoint.pt --data=photos
-    python finetune_cls.py --task=curves out/imagenet out/scratch --out=out/curves
-`--help` lists every option. Run a command again after it was killed, and it goes on where it was.
+Other tasks: eval (and what is confused), probe (linear classifiers of frozen layers, appendix D),
+knn (nearest neighbours), attention (what the last block looks at, section 3.4), curves (accuracy
+against epochs). `--help` lists every option. A command that was killed goes on when run again.
 
-Read from the top: options, the objective, the loop, evaluation, main; that is all of fine-tuning.
-Images, mixing, and what looks at a trained network follow. The plumbing is pretrain.py's.
+Read from the top: options, the objective, evaluation, main; that is all of fine-tuning. Images, and
+what looks at a trained network, follow. The loop and all that it calls are pretrain.py's.
 """
 
 import csv
+import functools
 import glob
 import io
 import math
@@ -69,7 +65,7 @@ class Config(RunConfig):
     warmup_epochs: float = 20  # linear warm-up; without it the new head would upset the backbone
     layer_decay: float = 0.65  # a layer's lr over the lr of the layer above; 1: no decay
     clip_grad: float = 0.0  # largest gradient norm, 0 for none, as in table 13
-    eval_every: Free[int] = 1251  # steps between evaluations, here an epoch of ImageNet; 0: at the end
+    eval_every: Free[int] = 1251  # steps between evaluations, here an epoch; 0 for one at the end
     task: str = "train"  # see the top of the file
     mixup: float = 0.8  # alpha of mixup (arXiv 1710.09412), 0 for none; for long runs only
     cutmix: float = 1.0  # alpha of cutmix (arXiv 1905.04899), 0 for none; each has half the batches
@@ -82,7 +78,7 @@ class Config(RunConfig):
     labels_per_class: int = 0  # train on this many images per class, drawn by the seed; 0: all
     probe_layer: int = 0  # layer that --task=probe and knn look at, from 1; 0: each of them
     neighbours: int = 20  # of --task=knn; more of them smooth over rare classes
-    query: Free[str] = ""  # row,column of the patch that --task=attention looks from; empty: the middle
+    query: Free[str] = ""  # row,column of the patch that attention looks from; empty: the middle
     runs: Free[tuple] = ()  # the folders that --task=curves draws
 
 
@@ -127,7 +123,6 @@ PRESETS = {
 
 # ---- the objective -------------------------------------------------------------------------------
 
-
 class Classification(Objective):
     """Cross entropy with label smoothing, a mean over the images of the global batch. `images` are
     the training images; with `trained` the weights are those of a classifier, to be evaluated."""
@@ -137,9 +132,10 @@ class Classification(Objective):
         self.smoothing = config.smoothing
         self.notes = {"classes": images.classes}  # their names
         self.trained = trained
-        self.model = self.make_model(config, len(images.classes))
+        num_classes = len(images.classes or ())
+        self.model = self.make_model(config, num_classes)
         alphas = {v2.MixUp: config.mixup, v2.CutMix: config.cutmix}
-        self.mixing = [kind(alpha=alpha, num_classes=len(images.classes))
+        self.mixing = [kind(alpha=alpha, num_classes=num_classes)
                        for kind, alpha in alphas.items() if alpha]
         if config.weights != "none":
             log(load_weights(self.model, config.weights, head=trained))
@@ -158,8 +154,7 @@ class Classification(Objective):
         return loss * (len(logits) / denominators[0]), {}
 
     def eval_sums(self, inputs, progress):
-        """The loss, how many labels are first or among the first five, and the confusion of trained
-        weights."""
+        """The loss, how many labels are first or among the first five, maybe the confusion."""
         logits = self.model(inputs["images"]).float()
         sums = self.score(logits, inputs["labels"])
         if self.trained:
@@ -184,8 +179,7 @@ class Classification(Objective):
     def label(value):
         """What the loss wants of an image's label: the number of its class."""
         if value != int(value):
-            raise BadInput(f"label {value}: is no number of a class; a regression needs an objective "
-                           "of its own")
+            raise BadInput(f"label {value}: is no number of a class; write an objective for it")
         return int(value)
 
     @staticmethod
@@ -197,7 +191,8 @@ class Classification(Objective):
 
     @staticmethod
     def check(config):
-        vit_config(config, shared=False)  # raises BadInput if there is no such network
+        depth = vit_config(config, shared=False).depth  # raises BadInput if there is none
+        check_range(config, 0, depth, "probe_layer")
         check_range(config, 0, math.inf, "mixup", "cutmix", "randaug_noise", "labels_per_class")
         check_range(config, 0.01, 1, "eval_crop")
         check_range(config, 0, 0.99, "smoothing")
@@ -244,11 +239,9 @@ def main(argv=None):
 
 # ---- labelled images -----------------------------------------------------------------------------
 
-
 def open_labelled(config, classes=None, needs_training=True):
-    """(training images, held-out ones), with labels, of --data: a name in DATASETS, or a folder
-    with train/CLASS/ and val/CLASS/, or with CLASS/, where a tenth is held out. The labels of a
-    folder number `classes`, or else its own classes."""
+    """(training images, held-out ones) with labels, of --data: a name in DATASETS, or a folder as
+    the top of this file says. Its labels number `classes`, or else the folder's own classes."""
     train_folder = os.path.join(config.data, "train")
     val_folder = os.path.join(config.data, "val")
     if named := named_images(config.data, config.image_size):
@@ -283,13 +276,11 @@ def open_classes(where, classes=None, without=()):
         names[path], _, rest = os.path.relpath(path, where).partition(os.sep)
         if not rest:
             raise BadInput(f"{path}: is in no class; {where} should hold a folder per class")
-    found = sorted(set(names.values()))
-    classes = classes or found
+    classes = classes or sorted(set(names.values()))
     numbers = {name: number for number, name in enumerate(classes)}
-    for name in found:
-        if name not in numbers:
-            raise BadInput(f"{where}/{name}: is none of the classes that --weights was trained on: "
-                           f"{', '.join(classes[:10])}")
+    if strange := set(names.values()) - numbers.keys():
+        raise BadInput(f"{where}/{min(strange)}: is none of the classes that --weights was trained "
+                       f"on: {', '.join(classes[:10])}")
     labels = {path: numbers[name] for path, name in names.items()}
     return replace(images, classes=classes, read_label=labels.__getitem__)
 
@@ -305,8 +296,7 @@ class LabelledViews(Dataset):
     """dataset[epoch, index, progress] is a dict, all of it a function of (seed, epoch, index):
     images   (3, H, W), normalized float32
     labels   what `label` makes of its label; -1 where there are no labels
-    skipped  whether it shows the next image because this one is unreadable
-    """
+    skipped  whether it shows the next image because this one is unreadable"""
 
     def __init__(self, images, config, train, label=int):
         self.images = images
@@ -317,7 +307,8 @@ class LabelledViews(Dataset):
             crop = v2.RandomResizedCrop(size, (config.crop_min, 1.0), interpolation=BICUBIC)
             steps = [crop, v2.RandomHorizontalFlip()]
             if config.randaug:  # with Pillow: tensors cannot be turned bicubically
-                steps += [v2.ToPILImage(), NoisyRandAugment(config.randaug, config.randaug_noise)]
+                augment = functools.partial(rand_augment, config.randaug, config.randaug_noise)
+                steps += [v2.ToPILImage(), augment]
         else:  # with Pillow, as other libraries evaluate
             steps = [v2.ToPILImage(), center_crop(size, config.eval_crop)]
         steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -332,9 +323,8 @@ class LabelledViews(Dataset):
     def __getitem__(self, key):
         epoch, index, _ = key
         image, found = self.images.load(index, self.config.skip_bad_images)
-        label = -1
-        if self.images.read_label:
-            label = self.label(self.images.read_label(self.images.keys[found]))
+        read_label = self.images.read_label
+        label = self.label(read_label(self.images.keys[found])) if read_label else -1
         torch.default_generator.manual_seed(derive_seed(self.config.seed, epoch, index))
         return {"images": self.transform(image), "labels": label, "skipped": found != index}
 
@@ -346,25 +336,18 @@ def center_crop(size, share):
     return v2.Compose([v2.Resize(round(size / share), BICUBIC), v2.CenterCrop(size)])
 
 
-@dataclass
-class NoisyRandAugment:
+def rand_augment(magnitude, noise, image):
     """RandAugment as table 13's runs had it (timm's rand-m9-mstd0.5): two operations, each left out
     half of the time, of a magnitude around 9 of 10. torchvision counts 31 steps, from 0 to 30."""
-
-    magnitude: float
-    noise: float
-
-    def __call__(self, image):
-        for _ in range(2):
-            step = int((3 * torch.normal(self.magnitude, self.noise, ())).round().clamp(0, 30))
-            if torch.rand(()) < 0.5:  # the fill is ImageNet's mean
-                augment = v2.RandAugment(1, step, interpolation=BICUBIC, fill=[124, 116, 104])
-                image = augment(image)
-        return image
+    gray = [124, 116, 104]  # ImageNet's mean
+    for _ in range(2):
+        step = int((3 * torch.normal(magnitude, noise, ())).round().clamp(0, 30))
+        if torch.rand(()) < 0.5:
+            image = v2.RandAugment(1, step, interpolation=BICUBIC, fill=gray)(image)
+    return image
 
 
 # ---- frozen features: probes and nearest neighbours ----------------------------------------------
-
 
 class LinearProbing(Classification):
     """A linear classifier per layer of a frozen network (appendix D): the mean of their losses. The
@@ -401,9 +384,8 @@ class LinearProbing(Classification):
         need_weights(config)
         for name, plain in PLAIN.items():
             if getattr(config, name) != plain:
-                raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has random "
-                               "crops and flips only (appendix D); give --preset=probe, or another "
-                               "that ends so")
+                raise BadInput(f"--task=probe --{name}={getattr(config, name)}: a probe has crops "
+                               "and flips only (app. D); give a --preset whose name ends in probe")
 
 
 def probed_layers(config, arch):
@@ -412,31 +394,28 @@ def probed_layers(config, arch):
 
 
 def layer_table(metrics):
-    """The accuracy of each layer's features."""
-    rows = [f"{layer:>5}  {accuracy:5.2f}%" for layer, accuracy in layer_accuracies(metrics).items()]
+    rows = [f"{layer:>5}  {top1:5.2f}%" for layer, top1 in layer_accuracies(metrics).items()]
     return "\n".join(["layer  top-1", *rows])
 
 
 def layer_accuracies(metrics):
     """{layer: held-out accuracy in percent} of a probe or of nearest neighbours."""
-    found = {re.fullmatch(r"(?:val_)?top1_layer_(\d+)", name): value
-             for name, value in metrics.items()}
-    return {int(match[1]): 100 * value for match, value in found.items() if match}
+    return {int(name.rpartition("_")[2]): 100 * value for name, value in metrics.items()
+            if "top1_layer_" in name}
 
 
 @torch.no_grad()
 def knn(config):
-    """--task=knn: accuracy of a vote of the nearest training images, by their mean patch features:
-    it needs no training, so that one can watch a pre-training improve."""
+    """--task=knn: the accuracy of a vote of the nearest training images, by mean patch features. It
+    needs no training, so that one can watch a pre-training improve."""
     if world_size() > 1:
         raise BadInput("--task=knn runs in one process: start it without torchrun")
     check_range(config, 1, math.inf, "neighbours")
     config = as_trained(config, "eval_crop")
     device, dtype = setup_device(config)
     train_images, val_images = open_labelled(config)
-    model = ViT(vit_config(config, shared=False))
+    model = ViT(vit_config(config, shared=False)).to(device).eval()
     log(load_weights(model, config.weights))
-    model.to(device).eval()
     bank, labels = layer_features(model, train_images, config, device, dtype)
     queries, truth = layer_features(model, val_images, config, device, dtype)
     count = min(config.neighbours, len(labels))
@@ -475,20 +454,17 @@ def vote(queries, keys, labels, count):
     return votes.scatter_add_(1, labels[index], (close / 0.07).exp()).argmax(dim=1)
 
 
-# ---- what a classifier says ----------------------------------------------------------------------
-
+# ---- tables and pictures of a network ------------------------------------------------------------
 
 def confusion(truth, predicted, classes):
-    """(classes, classes) int64: how many of each class, a row, were taken for each. A truth below 0
-    does not count."""
+    """How many of each class, a row, were taken for each: (classes, classes). -1 does not count."""
     valid = truth >= 0
     pairs = truth[valid] * classes + predicted[valid]
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 def confusion_table(matrix, classes):
-    """The accuracy of each class and what it is mostly taken for; of more than 50 classes those 50
-    with the lowest accuracy. `matrix` as in `confusion`."""
+    """The accuracy of each class, or of the 50 with the lowest, and what it is mostly taken for."""
     totals = matrix.sum(axis=1)
     shares = 100 * matrix / totals.clip(min=1)[:, None]
     wrong = shares - np.diag(shares.diagonal())
@@ -507,8 +483,7 @@ def confusion_table(matrix, classes):
 @torch.no_grad()
 def predict(config):
     """OUT/predictions.csv: the five likeliest classes of each image in the folder --data, and
-    OUT/predictions.png, a contact sheet. The network, and how it wants to see images, are read from
-    --weights."""
+    OUT/predictions.png, a contact sheet. It needs no options but the files: --weights knows all."""
     config = as_trained(config, "eval_crop")
     device, dtype = setup_device(config)
     images = folder_images(config.data)
@@ -519,10 +494,8 @@ def predict(config):
         raise BadInput(f"--weights={config.weights}: holds no classifier; fine-tune it first")
     classes = known.get("classes") or [str(n) for n in range(len(state["head.weight"]))]
     config = replace(config, image_size=arch.image_size, skip_bad_images=True)
-    model = Classifier(arch, len(classes))
+    model = Classifier(arch, len(classes)).to(device).eval()
     log(load_weights(model, config.weights, head=True))
-    model.to(device).eval()
-
     dataset = LabelledViews(images, config, train=False)
     keys = batches_of_all(len(dataset), config.micro_batch)
     loader = make_loader(dataset, keys, config.num_workers, device)
@@ -540,8 +513,7 @@ def predict(config):
 
 
 def write_predictions(out, images, classes, found):
-    """`found` are (images, k, 2): the k likeliest classes, each with its probability, or zeros for
-    an unreadable image."""
+    """`found` (images, k, 2): the likeliest classes with probabilities, or zeros if unreadable."""
     table = [["file"]]
     for place in range(1, found.shape[1] + 1):
         table[0] += [f"class_{place}", f"probability_{place}"]
@@ -577,24 +549,18 @@ def contact_sheet(shown):
     return v2.functional.to_pil_image(make_grid(tiles, padding=0, pad_value=255))
 
 
-# ---- pictures ------------------------------------------------------------------------------------
-
-
 def curves(config):
-    """OUT/curves.png: held-out accuracy against the epoch, a line per run, or of probes against the
-    layer. Runs that a pattern such as 'out/a*' matches are one line: their mean, in a band of one
-    standard deviation."""
+    """OUT/curves.png: a line per run of held-out accuracy against the epoch, or of probes against
+    the layer. A pattern such as 'out/a*' gives one line, in a band of one standard deviation."""
     if not config.runs:
         raise BadInput("--task=curves: name the folders of the runs behind it")
     figure = optional("matplotlib.figure", "--task=curves").Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     labels = set()
     for pattern in config.runs:
-        runs = []
-        for folder in sorted(glob.glob(pattern)) or [pattern]:
-            label, curve = read_curve(folder)
-            labels.add(label)
-            runs.append(curve)
+        folders = sorted(glob.glob(pattern)) or [pattern]
+        found, runs = zip(*map(read_curve, folders), strict=True)
+        labels.update(found)
         shared = sorted(set.intersection(*map(set, runs)))
         if not shared or len(labels) > 1:
             raise BadInput(f"{pattern}: these runs were evaluated at no common epoch or layer")
@@ -614,14 +580,12 @@ def curves(config):
 
 
 def read_curve(folder):
-    """("epoch", {epoch: held-out accuracy in percent}) of a run, ("layer", {layer: ...}) of a
-    probe."""
+    """("epoch", {epoch: accuracy in percent}) of a run, ("layer", {layer: ...}) of a probe."""
     try:
         records = read_metrics(os.path.join(folder, "metrics.jsonl"))
     except ValueError:  # no JSON
         records = []
-    probed = layer_accuracies(records[-1]) if records else {}
-    if probed:
+    if records and (probed := layer_accuracies(records[-1])):
         return "layer", probed
     curve = {line["epoch"]: 100 * line["val_top1"] for line in records if "val_top1" in line}
     if not curve:
@@ -644,7 +608,12 @@ def attention(config):
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
         height, width = patch_grid(picture.shape[1:], arch.image_size, patch)
-        row, column = query_patch(config.query, height, width)
+        row, column = height // 2, width // 2
+        if config.query:
+            numbers = re.fullmatch(r"(\d+),(\d+)", config.query)
+            row, column = map(int, numbers.groups()) if numbers else (height, width)
+            if row >= height or column >= width:
+                raise BadInput(f"--query={config.query}: give row,column below {height},{width}")
         sides = [height * patch, width * patch]
         image = v2.functional.resize(picture, sides, BICUBIC)[None] / 255
         probs = model.attention_probs(normalize(image.to(device), config.norm)).cpu()
@@ -659,17 +628,6 @@ def attention(config):
         path = os.path.join(config.out, f"attention_{images.stem(index)}.png")
         save_columns(path, dict(zip(titles, framed, strict=True)))
         log("wrote", path)
-
-
-def query_patch(query, height, width):
-    """(row, column) of --query on a grid of patches; its middle if there is none."""
-    if not query:
-        return height // 2, width // 2
-    numbers = re.fullmatch(r"(\d+),(\d+)", query)
-    row, column = map(int, numbers.groups()) if numbers else (height, width)
-    if row >= height or column >= width:
-        raise BadInput(f"--query={query}: give row,column, up to {height - 1},{width - 1}")
-    return row, column
 
 
 OBJECTIVES = {"train": Classification, "probe": LinearProbing}

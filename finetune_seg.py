@@ -3,21 +3,20 @@
 No arguments is the paper's recipe: ViT-B from out/run/checkpoint.pt, 160,000 steps of 16 crops of
 512 px of ADE20K. The paper reports 45.6 mIoU for it, 47.7 with intermediate fine-tuning; neither
 has been measured with this code. `--data` holds images/{training,validation} and
-annotations/{training,validation}. On 8 GPUs, from pre-training or from a classifier:
+annotations/{training,validation}. On 8 GPUs; in minutes on two CPU cores, after `python pretrain.py
+--preset=shapes`; evaluated at several scales; for any folder of images:
     torchrun --nproc_per_node=8 finetune_seg.py --data=/path/to/ADEChallengeData2016
-    torchrun --nproc_per_node=8 finetune_seg.py --weights=out/imagenet/checkpoint.pt --out=out/inter
-In minutes on two CPU cores, after `python pretrain.py --preset=shapes`:
     python finetune_seg.py --preset=shapes
-Evaluate at several scales, or segment any folder of images:
     python finetune_seg.py --task=eval --weights=out/ade20k/checkpoint.pt --scales=0.75,1 --flip
     python finetune_seg.py --task=predict --weights=out/ade20k/checkpoint.pt --data=photos
 `--help` lists every option. Run a command again after it was killed, and it goes on where it was.
 
-Read from the top: options, the objective, main. Label maps, windows and pictures follow. The loop,
-the command line, checkpoints and logs are pretrain.py's.
+Read from the top: options, the objective, main. Windows, label maps and pictures follow. The loop
+and all that it calls are pretrain.py's.
 """
 
 import colorsys
+import functools
 import itertools
 import math
 import os
@@ -28,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
-from torch import nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -46,10 +44,8 @@ from pretrain import (
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
-ORIENTATION = ExifTags.Base.Orientation  # how a photograph is turned, from 1 to 8
 
 # ---- options; the comment behind a field is its text in --help -----------------------------------
-
 
 @dataclass
 class Config(RunConfig):
@@ -60,7 +56,7 @@ class Config(RunConfig):
     epochs: float = 127  # passes over the data, if --steps=0
     steps: int = 160_000  # length of the run: ADE20K's 20,210 images are seen 127 times
     batch_size: int = 16  # images per step over ALL processes; batch norm wants 2 or more on each
-    micro_batch: Free[int] = 16  # images or windows a process computes at once; batch norm sees as many
+    micro_batch: Free[int] = 16  # images or windows a process computes at once: batch norm's batch
     lr: float = 1e-3  # peak for the heads, less below them (layer_decay)
     min_lr: float = 0.0  # where the schedule ends
     schedule: str = "linear"  # how the lr falls after the warm-up, as in mmsegmentation
@@ -100,11 +96,9 @@ PRESETS = {"ade20k": dict(), "camvid": CAMVID, "shapes": SHAPES}
 
 # ---- the objective -------------------------------------------------------------------------------
 
-
 class Segmentation(Objective):
-    """Cross entropy of the pixels of SETR-PUP's head and its auxiliary heads: the mean over all
-    pixels of the global batch that are not to be ignored. With `trained` the weights have heads, to
-    be evaluated."""
+    """Cross entropy of SETR-PUP's head and auxiliary heads, a mean over the pixels of the global
+    batch that are not ignored. With `trained` the weights have heads, to be evaluated."""
 
     picture = "predictions.png"
     one_by_one = True
@@ -169,7 +163,7 @@ def train(config):
     torch.manual_seed(config.seed)
     objective = Segmentation(config).to(device)
     if world_size() > 1 and device.type == "cuda":  # on the CPU each process has its own statistics
-        objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+        objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     dataset = LabelMapViews(train_images, config, train=True)
     val_dataset = LabelMapViews(val_images, config, train=False)
     return fit(objective, dataset, val_dataset, config, device, dtype)
@@ -177,8 +171,6 @@ def train(config):
 
 def evaluate_weights(config):
     """--task=eval: the scores of --weights on the held-out images."""
-    config = as_trained(config, *LABEL_OPTIONS)
-    check(config)
     device, dtype = setup_device(config)
     images = local_rank0_first(open_segmented, config)[1]
     count_labels(images, config)
@@ -191,6 +183,8 @@ def evaluate_weights(config):
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
+    if TASKS[config.task] is not train:  # the weights know how a run read label maps and images
+        config = as_trained(config, "num_classes", "ignore_zero", "label_values", "stride")
     check(config)
     return TASKS[config.task](config)
 
@@ -198,7 +192,6 @@ def main(argv=None):
 # ==== A first reading can stop here: above is all of fine-tuning ==================================
 
 # ---- scores and windows --------------------------------------------------------------------------
-
 
 def check(config):
     """Raise BadInput for values that would leave pixels out, wait for ever, or fail late."""
@@ -220,8 +213,7 @@ def check(config):
 @torch.no_grad()
 def sliding_window(network, image, window, stride, batch=16):
     """Logits (1, classes, H, W) of an image (1, 3, H, W) of any size: `network` sees windows of
-    `window` pixels every `stride`, the last ones at the border, `batch` at a time; where they
-    overlap, logits are averaged. An image smaller than the window is padded for it."""
+    `window` pixels every `stride` and at the border, `batch` at a time. Overlaps are averaged."""
     height, width = image.shape[2:]
     padded = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
     starts = [[*range(0, side - window, stride), side - window] for side in padded.shape[2:]]
@@ -250,8 +242,7 @@ def predict_labels(model, image, size, config):
             view = scaled.flip(3) if mirrored else scaled
             logits = sliding_window(model, view, config.image_size, config.stride,
                                     config.micro_batch)
-            logits = logits.flip(3) if mirrored else logits
-            logits = F.interpolate(logits, size, mode="bilinear")
+            logits = F.interpolate(logits.flip(3) if mirrored else logits, size, mode="bilinear")
             total = total + logits.softmax(dim=1)
     return total.argmax(dim=1)
 
@@ -267,9 +258,8 @@ def parse_scales(config):
 
 
 def scores(matrix):
-    """A confusion matrix over a whole set -> metrics, and the `iou` and `accuracy` of each class.
-    The means leave out classes without a pixel, whose values are nan. `baseline_miou` is what
-    calling everything the most frequent class gives."""
+    """A confusion matrix -> metrics, and the `iou` and `accuracy` of each class: nan if it has no
+    pixel, and the means leave it out. `baseline_miou`: all is called the most frequent class."""
     matrix = np.asarray(matrix, dtype=np.float64)
     correct = matrix.diagonal()
     truth = matrix.sum(axis=1)
@@ -277,17 +267,17 @@ def scores(matrix):
         iou = correct / (truth + matrix.sum(axis=0) - correct)
         accuracy = correct / truth
         pixels = truth.sum()
-        metrics = {
+        return {
             "miou": np.nanmean(iou) if pixels else 0.0,
             "mean_accuracy": np.nanmean(accuracy) if pixels else 0.0,
             "pixel_accuracy": correct.sum() / pixels,
             "baseline_miou": truth.max() / pixels / (truth > 0).sum(),
+            "iou": iou,
+            "accuracy": accuracy,
         }
-    return {**metrics, "iou": iou, "accuracy": accuracy}
 
 
 # ---- images and label maps -----------------------------------------------------------------------
-
 
 def open_segmented(config):
     """(training, held-out) Images with label maps of --data: a name in DATASETS, or a folder."""
@@ -314,31 +304,25 @@ def open_folder(data, part, without=()):
     for path, label_map in label_maps.items():
         if label_map is None:
             raise BadInput(f"{path}: has no label map of its name in {maps_folder}")
-    return replace(images, read_label_map=LabelMaps(label_maps))
+    return replace(images, read_label_map=functools.partial(read_label_map, label_maps))
 
 
 def stem(path, folder):
     return os.path.splitext(os.path.relpath(path, folder))[0]
 
 
-@dataclass
-class LabelMaps:
-    """The label map of an image as it is seen upright, by the image's path. It counts as drawn so,
-    unless it has the size of the stored pixels, before EXIF's quarter turn: then it is turned like
-    the image."""
-
-    paths: dict  # of an image -> of its label map
-
-    def __call__(self, path):
-        labels = read_labels(self.paths[path])
-        with Image.open(path) as image:
-            width, height = image.size
-            turn = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
-        if turn >= 5 and width != height and labels.shape == (height, width):  # the quarter turns
-            stored = Image.fromarray(labels.astype(np.int32))
-            stored.getexif()[ORIENTATION] = turn
-            labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
-        return labels
+def read_label_map(label_maps, path):
+    """The label map of the image at a path, seen upright. It is turned like the image if it has the
+    size of the image's stored pixels, before EXIF's quarter turn."""
+    labels = read_labels(label_maps[path])
+    with Image.open(path) as image:
+        width, height = image.size
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
+    if turn >= 5 and width != height and labels.shape == (height, width):  # the quarter turns
+        stored = Image.fromarray(labels.astype(np.int32))
+        stored.getexif()[ExifTags.Base.Orientation] = turn
+        labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
+    return labels
 
 
 def read_labels(path):
@@ -352,7 +336,7 @@ def read_labels(path):
     if lossy:
         raise BadInput(f"{path}: a JPEG; its compression makes up labels. Save label maps as PNG")
     if labels.ndim == 3 and (labels[..., :3] == labels[..., :1]).all():
-        labels = labels[..., 0]  # grey, saved as a color image
+        labels = labels[..., 0]  # gray, saved as a color image
     if labels.ndim != 2 or labels.dtype.kind == "f" or labels.min() < 0:
         raise BadInput(f"{path}: a label map has one channel of whole numbers, those of the "
                        "classes; this holds colors or other numbers")
@@ -362,9 +346,8 @@ def read_labels(path):
 def class_labels(config):
     """(num_classes,) int64: the number of each class in the label maps."""
     if config.num_classes < 2:
-        raise BadInput(f"--num_classes={config.num_classes}: leaves nothing to tell apart; the "
-                       "background is a class too. Where it is 0 and the other 255, give "
-                       "--num_classes=2 --label_values=0,255")
+        raise BadInput(f"--num_classes={config.num_classes}: give 2 or more, as the background is "
+                       "a class too: --num_classes=2 --label_values=0,255 for the values 0 and 255")
     numbers = range(int(config.ignore_zero), config.num_classes + int(config.ignore_zero))
     if config.label_values:
         numbers = [int(word) if word.strip().isdecimal() else -1
@@ -376,15 +359,13 @@ def class_labels(config):
 
 
 def classes_of(labels, config, name):
-    """Labels as they are in the file -> the numbers of classes, from 0, or IGNORE. 255 is ignored
-    unless it is a class, and with --label_values every number that is not listed. Raises BadInput
-    for any other label."""
+    """Labels as they are in a file -> the numbers of classes, from 0, or IGNORE: for 255 unless it
+    is a class, and for all that --label_values does not list. Raises BadInput for other labels."""
     numbers = class_labels(config)
     wrong = (labels > numbers.max()) & (labels != 255)
     if not config.label_values and wrong.any():
         raise BadInput(f"{name}: label {labels[wrong].max()} is above {numbers.max()}, the last of "
-                       f"--num_classes={config.num_classes} with --ignore_zero="
-                       f"{config.ignore_zero}; --label_values lists others")
+                       f"--num_classes={config.num_classes}; see --ignore_zero and --label_values")
     table = np.full(1 + max(255, *numbers, labels.max()), IGNORE)
     table[numbers] = np.arange(len(numbers))
     return table[labels]
@@ -402,23 +383,22 @@ def count_labels(images, config):
         labels = images.read_label_map(images.keys[found])
         classes_of(labels, config, images.name(found))  # raises BadInput if they are none
         pixels.update(labels.flatten().tolist())
-    learnt = numbers & pixels.keys()
+    seen = numbers & pixels.keys()
     share = 100 / pixels.total()
-    ignored = 100 - share * sum(pixels[label] for label in learnt)
+    ignored = 100 - share * sum(pixels[label] for label in seen)
     frequent = ", ".join(f"{k} ({share * count:.1f}%)" for k, count in pixels.most_common(10))
-    log(f"labels: {len(learnt)} of {config.num_classes} classes occur, {ignored:.1f}% of the "
+    log(f"labels: {len(seen)} of {config.num_classes} classes occur, {ignored:.1f}% of the "
         f"pixels are ignored; the most frequent labels are {frequent}")
-    if len(learnt) < 2:
-        raise BadInput(f"--data={config.data}: {len(learnt)} of --num_classes={config.num_classes} "
-                       f"occur in its label maps, which hold {frequent}; say which numbers are the "
-                       "classes: --num_classes=2 --label_values=0,255")
+    if len(seen) < 2:
+        raise BadInput(f"--data={config.data}: {len(seen)} of --num_classes={config.num_classes} "
+                       f"occur in its label maps, which hold {frequent}; give the classes' numbers "
+                       "as in --num_classes=2 --label_values=0,255")
 
 
 class LabelMapViews(Dataset):
     """dataset[epoch, index, progress] is a dict of `images` (3, H, W), normalized float32, `labels`
     (H, W) int64, the classes' numbers or IGNORE, and `skipped`. In training both are an augmented
-    crop of image_size, a function of (seed, epoch, index). Held-out images are resized so that
-    their short side is image_size (table 14); their labels stay at the ORIGINAL size."""
+    crop, a function of (seed, epoch, index). Held-out labels stay at the image's ORIGINAL size."""
 
     def __init__(self, images, config, train):
         self.images = images
@@ -472,19 +452,18 @@ def held_out_view(image, config):
 
 
 def fit_size(size, side, factor=1.0):
-    """[height, width] of an image resized, with its aspect kept, so that it just fits 4 * side by
-    side, in either orientation, times a factor: its short side is `side`, or less if it is long."""
+    """[height, width] of an image, resized so that its short side is `side` (table 14), or its long
+    side 4 * side if it were longer, times a factor."""
     scale = factor * min(4 * side / max(size), side / min(size))
     return [max(1, round(scale * length)) for length in size]
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
-
 def palette(classes):
-    """(classes, 3) uint8: colors that are far apart for neighbouring numbers."""
-    golden = 0.618034  # golden ratio: successive hues never repeat
-    hues = [(number * golden % 1, 1 - 0.35 * (number % 2), 1 - 0.3 * (number // 2 % 2))
+    """(classes, 3) uint8: colors that are far apart for neighboring numbers."""
+    # steps by the golden ratio: hues never repeat
+    hues = [(number * 0.618034 % 1, 1 - 0.35 * (number % 2), 1 - 0.3 * (number // 2 % 2))
             for number in range(classes)]
     return np.round([[255 * c for c in colorsys.hsv_to_rgb(*hue)] for hue in hues]).astype(np.uint8)
 
@@ -497,10 +476,8 @@ def color(labels, classes):
 
 @torch.no_grad()
 def predict(config):
-    """Write OUT/labels/NAME.png, the numbers that a label map would have, and OUT/overlay/NAME.png
-    for each image in --data, at its own size."""
-    config = as_trained(config, *LABEL_OPTIONS)
-    check(config)
+    """Write OUT/labels/NAME.png, with the numbers of a label map, and OUT/overlay/NAME.png for each
+    image in --data, at its own size."""
     device, dtype = setup_device(config)
     images = folder_images(config.data)
     if not len(images):
@@ -509,8 +486,7 @@ def predict(config):
     numbers = class_labels(config)
     colors = np.zeros((1 + max(255, *numbers), 3), np.uint8)
     colors[numbers] = palette(config.num_classes)
-    shard = local_shard(range(len(images)))
-    for index in tqdm(shard, "predicting", disable=no_progress_bar()):
+    for index in tqdm(local_shard(range(len(images))), "predicting", disable=no_progress_bar()):
         path = images.keys[index]
         image, found = images.load(index, config.skip_bad_images)
         if found != index:
@@ -520,11 +496,9 @@ def predict(config):
         with autocast(device, dtype):
             labels = predict_labels(model, view, image.shape[1:], config)[0]
         labels = numbers[labels.cpu().numpy()]
-        if labels.max() < 256:
-            picture = Image.fromarray(labels.astype(np.uint8))
+        picture = Image.fromarray(labels.astype(np.uint8 if labels.max() < 256 else np.uint16))
+        if picture.mode == "L":  # 8 bits
             picture.putpalette(colors[:256].tobytes())
-        else:
-            picture = Image.fromarray(labels.astype(np.uint16))
         photograph = v2.functional.to_pil_image(image)
         overlay = Image.blend(photograph, Image.fromarray(colors[labels]), 0.5)
         name = stem(path, config.data) + ".png"
@@ -534,8 +508,6 @@ def predict(config):
     log(f"wrote label maps and overlays into {config.out}")
 
 
-# how a run reads label maps and images: the weights know it
-LABEL_OPTIONS = ("num_classes", "ignore_zero", "label_values", "stride")
 TASKS = {"train": train, "eval": evaluate_weights, "predict": predict}
 
 if __name__ == "__main__":

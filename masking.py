@@ -25,6 +25,8 @@ from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+BICUBIC = InterpolationMode.BICUBIC
+
 
 class BadInput(ValueError):
     """An error that the user can mend: printed as one line, without a traceback."""
@@ -32,19 +34,16 @@ class BadInput(ValueError):
 
 # ---- masks ---------------------------------------------------------------------------------------
 
-
 def blockwise_mask(height, width, num_masked, min_block=16, max_block=None, min_aspect=0.3,
                    rng=None, progress=0.0):
-    """Mask rectangular blocks of patches until `num_masked` are masked or no block fits (algorithm
-    1).
+    """Algorithm 1: mask blocks of patches until `num_masked` are masked or no block fits.
 
     The number of patches in a block is drawn between min_block and max_block (None: the number that
     is still to be masked, even if that is smaller). The aspect ratio of a block is log-uniform in
     [min_aspect, 1 / min_aspect]. A block is smaller than the grid in both directions. Returns a
     bool array (height, width), True = masked: at least one patch, at most `num_masked`. For the
     paper's 75 of 14x14 the mean is 74.5, because the last few patches often fit no block. `rng` is
-    a numpy Generator. Raises BadInput, a ValueError, if the grid has no place for a block.
-    """
+    a numpy Generator. Raises BadInput, a ValueError, if the grid has no place for a block."""
     if not 0 < num_masked < height * width:
         raise BadInput(f"num_masked={num_masked} of a {height}x{width} grid: mask at least 1 patch "
                        f"and at most {height * width - 1}")
@@ -85,8 +84,7 @@ def blockwise_mask(height, width, num_masked, min_block=16, max_block=None, min_
 
 
 def random_mask(height, width, num_masked, rng=None, min_block=None, progress=0.0):
-    """Mask exactly `num_masked` patches, each equally likely (table 4); `min_block` is ignored.
-    Returns a bool array as `blockwise_mask` does. Raises BadInput if there are not so many."""
+    """Mask exactly `num_masked` patches, each equally likely (table 4); `min_block` is ignored."""
     if not 0 < num_masked <= height * width:
         raise BadInput(f"num_masked={num_masked} of a {height}x{width} grid: mask at least 1 patch "
                        f"and at most {height * width}")
@@ -100,13 +98,11 @@ def no_mask(height, width, num_masked, rng=None, min_block=None, progress=0.0):
     return np.zeros((height, width), dtype=bool)
 
 
-# A mask is called with (height, width, num_masked, rng=..., min_block=..., progress=...) and returns
-# a bool array (height, width), True = masked. num_masked follows from --mask_ratio; progress is the
-# share of the run that is done, from 0 to 1.
+# A mask is a function of (height, width, num_masked, rng=..., min_block=..., progress=...) with the
+# result of blockwise_mask. num_masked follows from --mask_ratio; progress goes from 0 to 1.
 MASKS = {"block": blockwise_mask, "random": random_mask, "none": no_mask}
 
 # ---- views ---------------------------------------------------------------------------------------
-
 
 class Views(Dataset):
     """What a step sees of an image: the patch view, the token view and the mask (sec. 2.5).
@@ -125,8 +121,7 @@ class Views(Dataset):
                   uint8, each with a crop of its own
     tokens        (grid, grid) int64 from `tokens`, an array (epochs, images, grid, grid)
     With --cache_epochs=K an epoch repeats everything but the masks of K epochs before. Held-out
-    images are resized, and the middle is cropped.
-    """
+    images are resized, and the middle is cropped."""
 
     def __init__(self, images, config, token_size, train, mask="none", extra_views=None,
                  tokens=None):
@@ -176,9 +171,6 @@ class Views(Dataset):
         return sample
 
 
-BICUBIC = InterpolationMode.BICUBIC
-
-
 def ssl_augment(size, area):
     """What makes two views of an image hard to match by their colors alone (DINO, SimCLR)."""
     blur = transforms.GaussianBlur(size // 20 * 2 + 1, (size / 2240, size / 112))  # SimCLR's, 10%
@@ -192,9 +184,8 @@ def ssl_augment(size, area):
 
 
 def draw_crop(height, width, least, rng):
-    """(rows, columns) of a random crop, two slices. Its area is between `least` and all of the
-    image, its aspect ratio log-uniform in [3/4, 4/3], as in torchvision's RandomResizedCrop. If ten
-    draws do not fit, it is the middle of the image."""
+    """(rows, columns), two slices, of a random crop as torchvision's RandomResizedCrop has it: with
+    `least` to all of the area, an aspect log-uniform in [3/4, 4/3]; the middle if no draw fits."""
     for _ in range(10):
         area = height * width * rng.uniform(least, 1)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -230,8 +221,7 @@ NORMS = {
 
 
 def normalize(images, norm):
-    """(..., 3, H, W) in [0, 1] -> what the ViT sees, with about mean 0 and deviation 1. torchvision's
-    function makes the GPU wait for mean and deviation."""
+    """(..., 3, H, W) in [0, 1] -> what the ViT sees. Unlike torchvision's, it makes no GPU wait."""
     mean, std = copy_to(images.device, torch.tensor(NORMS[norm])[..., None, None])
     return (images - mean) / std
 
@@ -243,10 +233,9 @@ def denormalize(images, norm):
 
 
 def network_inputs(batch, device, norm):
-    """A loaded batch of Views becomes what the networks see, on the device: its colors are
-    jittered; `images` (B, 3, H, W) are normalized, `token_images` are in [0, 1]; `positions` (K,)
-    int64 says where the patches to `predict` are among all B * h * w. The positions are found on
-    the CPU, so that no GPU waits."""
+    """A loaded batch of Views -> what the networks see, on the device. Colors are jittered, images
+    normalized, token_images in [0, 1]. `positions` (K,) int64 are the numbers of the patches
+    to `predict` among all B * h * w, found on the CPU, so that no GPU waits."""
     positions = batch["predict"].flatten().nonzero().squeeze(1)
     inputs = {name: copy_to(device, value) for name, value in batch.items()}
     for name in inputs.keys() & {"images", "token_images"}:
@@ -264,9 +253,8 @@ def copy_to(device, tensor):
 
 
 def jitter_colors(images, factors):
-    """Images (B, 3, H, W) in [0, 1], the brightness, contrast and saturation of each multiplied by
-    its three factors (B, 3). This is torchvision's ColorJitter in any order: where nothing is
-    clipped, the three changes commute. None changes nothing."""
+    """Images (B, 3, H, W) in [0, 1], their brightness, contrast and saturation times the `factors`
+    (B, 3), if any: torchvision's ColorJitter, whose changes commute where nothing is clipped."""
     if factors is None:
         return images
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)
@@ -277,7 +265,6 @@ def jitter_colors(images, factors):
 
 
 # ---- batches -------------------------------------------------------------------------------------
-
 
 def rank():
     return int(os.environ.get("RANK", 0))
@@ -299,9 +286,8 @@ def permutation(count, seed, epoch):
 
 def batch_of_step(step, count, batch_size, seed, repeats=1):
     """The (epoch, index) pairs of a step's global batch: the next part of the epoch's permutation.
-    The last, incomplete batch of an epoch is dropped, as in the official code. With `repeats` = 3
-    an image comes three times in a batch; the three have different epoch numbers, so that their
-    views differ. An epoch then shows a third of the images."""
+    The last, incomplete batch of an epoch is dropped, as in the official code. With repeats=3 an
+    image comes three times, under three epoch numbers; an epoch shows a third of the images."""
     epoch, part = divmod(step, count // batch_size)
     images = math.ceil(batch_size / repeats)
     order = permutation(count, seed, epoch)[part * images : (part + 1) * images]
@@ -348,13 +334,11 @@ def micro_batches(batch, size):
 
 
 def evenly(count, most):
-    """At most `most` of the indices below `count`, evenly spaced: the first ones would be of one
-    class."""
+    """At most `most` indices below `count`, evenly spaced: the first ones would be of one class."""
     return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
 
 
 # ---- images --------------------------------------------------------------------------------------
-
 
 @dataclass
 class Images:
@@ -449,9 +433,6 @@ def folder_images(folder, without=()):
     return Images(sorted(kept), read_image, folder)
 
 
-LONGEST = 100  # a longer strip would need gigabytes when its short side is resized
-
-
 def read_image(path):
     """The picture in a file as uint8 RGB (3, height, width), turned as its EXIF tag says."""
     file = np.fromfile(path, np.uint8)
@@ -466,18 +447,16 @@ def read_image(path):
                 image = Image.fromarray(to_8_bits(np.asarray(image)))
             image = TF.pil_to_tensor(image.convert("RGB"))
     height, width = image.shape[1:]
-    if max(height, width) > LONGEST * min(height, width):
-        raise ValueError(f"{width}x{height} pixels, a side over {LONGEST} times the other")
+    if max(height, width) > 100 * min(height, width):  # resizing its short side needs gigabytes
+        raise ValueError(f"{width}x{height} pixels, a side over 100 times the other")
     return image.expand(3, -1, -1)
 
 
 def to_8_bits(values):
-    """Grey values of any kind -> uint8. The largest value tells their range: floats go up to 1,
+    """Gray values of any kind -> uint8. The largest value tells their range: floats go up to 1,
     integers have 8 bits, a scanner's 12, or 16."""
     largest = values.max()
-    ranges = [255, 2**12 - 1, 2**16 - 1]
-    if values.dtype.kind == "f":
-        ranges.insert(0, 1)
+    ranges = [1, 255, 4095, 65535] if values.dtype.kind == "f" else [255, 4095, 65535]
     fitting = [top for top in ranges if largest <= top]
     if not fitting or not values.min() >= 0:  # so that nan is refused too
         raise ValueError(f"has values from {values.min()} to {largest}; save it with 8 or 16 bits")
@@ -524,7 +503,6 @@ def patch_grid(size, side, patch_size):
 
 # ---- data sets with a name -----------------------------------------------------------------------
 
-
 def named_images(data, image_size):
     """[training images, held-out ones] where --data is a name in DATASETS; else None."""
     name, _, argument = data.partition(":")
@@ -548,22 +526,17 @@ def cifar(dataset, train, *_):
 def shapes(train, image_size, argument):
     """20,000 training images or 2,000 held-out ones, drawn when they are asked for. The class is
     the kind of the large shape; in the label map 0 is the ground and kind + 1 a shape."""
-    seed = int(train)
-    return Images(
-        range(20_000 if train else 2_000),
-        functools.partial(shapes_image, image_size, seed),
-        "shapes",
-        functools.partial(shapes_label, seed),
-        list(OUTLINES),
-        functools.partial(shapes_label_map, image_size, seed),
-    )
+    read, read_label, read_label_map = [functools.partial(part, image_size, int(train))
+                                        for part in (shapes_image, shapes_label, shapes_label_map)]
+    keys = range(20_000 if train else 2_000)
+    return Images(keys, read, "shapes", read_label, list(OUTLINES), read_label_map)
 
 
 def shapes_image(size, seed, index):
     return draw_shapes(size, seed, index)[0]
 
 
-def shapes_label(seed, index):
+def shapes_label(size, seed, index):
     return int(draw_kinds(np.random.default_rng([seed, index]))[-1])
 
 
@@ -581,7 +554,6 @@ DATASETS = {
 
 
 # ---- shapes --------------------------------------------------------------------------------------
-
 
 def polygon(angle, corners):
     """The outline of a regular polygon: its radius at each angle."""
@@ -611,12 +583,9 @@ RADII = [(r / np.sqrt((r**2).mean())).astype(np.float32) for r in OUTLINES.value
 
 
 def draw_shapes(size, seed, index):
-    """A large shape over a few small ones of any kind, on a textured ground.
-
-    Returns the image (size, size, 3) uint8, its class, which is the kind of the large shape, and
-    its label map (size, size) uint8, 0 the ground, kind + 1 a shape. Colors, textures, places,
-    sizes and turns are drawn alike for all kinds: only the outline identifies the class.
-    """
+    """A large shape over a few small ones of any kind, on a textured ground: (image (size, size, 3)
+    uint8; its class, the kind of the large shape; its label map (size, size) uint8, 0 the ground,
+    kind + 1 a shape). Colors, textures, places and sizes do not tell the kinds apart."""
     rng = np.random.default_rng([seed, index])
     kinds = draw_kinds(rng)
     y, x = np.mgrid[:size, :size].astype(np.float32)
@@ -648,7 +617,7 @@ def draw_kinds(rng):
 
 
 def tint(brightness, rng):
-    """A color, (3,) in [0, 1]: a tinted grey, so that few tokens go to hues and many to edges."""
+    """A color, (3,) in [0, 1]: a tinted gray, so that few tokens go to hues and many to edges."""
     return (0.1 + 0.8 * brightness + rng.uniform(-0.1, 0.1, 3)).clip(0, 1)
 
 
@@ -673,8 +642,7 @@ def texture(x, y, color, rng):
 
 if __name__ == "__main__":
     for name, draw in MASKS.items():
-        rngs = [np.random.default_rng(seed) for seed in range(3)]
-        masks = [draw(14, 14, 75, rng=rng, min_block=16) for rng in rngs]
+        masks = [draw(14, 14, 75, rng=np.random.default_rng(seed)) for seed in range(3)]
         print(name)
         for row in np.where(np.concatenate(masks, axis=1), "##", ". "):
             print("  ".join("".join(part) for part in np.split(row, 3)))

@@ -4,8 +4,7 @@
 
 Read `BEiT.forward` first, then `ViT.encode`. Parameter names are those of the official checkpoints
 (github.com/microsoft/unilm, beit), which timm shares, so weights move both ways with no map.
-Shapes: B images, N = h * w patches of a (h, w) grid, D channels, and one [CLS] token before the
-patches.
+Shapes: B images, N = h * w patches of a (h, w) grid, D channels, a [CLS] token before the patches.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import json
 import math
 import os
 import re
-import sys
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +57,8 @@ class ViTConfig:
 
     def __post_init__(self):
         if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise BadInput(f"image_size={self.image_size} is no multiple of "
-                           f"patch_size={self.patch_size}")
+            raise BadInput(f"image_size={self.image_size} is no multiple of patch_size="
+                           f"{self.patch_size}")
         if self.dim % self.heads:
             raise BadInput(f"dim={self.dim} is no multiple of heads={self.heads}")
         if not 0 <= self.drop_path < 1:
@@ -68,8 +66,7 @@ class ViTConfig:
 
     @property
     def grid(self):
-        """Patches per side."""
-        return self.image_size // self.patch_size
+        return self.image_size // self.patch_size  # patches per side
 
     @classmethod
     def named(cls, size, variant="paper", **changes):
@@ -101,20 +98,16 @@ class PatchEmbed(nn.Module):
 def bias_table(config):
     """A table of relative position biases: a row for every offset between two patches, and three
     more for [CLS] to patch, patch to [CLS] and [CLS] to itself; a column per head."""
-    rows = (2 * config.grid - 1) ** 2 + 3
-    return nn.Parameter(torch.zeros(rows, config.heads))
+    return nn.Parameter(torch.zeros((2 * config.grid - 1) ** 2 + 3, config.heads))
 
 
 def relative_position_index(height, width):
-    """The row of the table for each query and key: (1 + N, 1 + N and more) int64, N = height *
-    width. Nothing reads the columns that are added up to a multiple of 8, but fused attention
-    kernels copy a bias whose rows have another length."""
+    """The table's row for each query and key: (1 + N, 1 + N and more) int64, N = height * width. It
+    is padded to a multiple of 8: fused attention kernels copy a bias whose rows end elsewhere."""
     side = 2 * width - 1
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    place = (y * side + x).flatten()  # (N,)
-    index = torch.empty(len(place) + 1, len(place) + 1, dtype=torch.long)
+    place = (side * torch.arange(height)[:, None] + torch.arange(width)).flatten()  # (N,)
     middle = (height - 1) * side + width - 1  # the row of offset (0, 0)
-    index[1:, 1:] = place[:, None] - place[None, :] + middle
+    index = F.pad(place[:, None] - place[None, :] + middle, (1, 0, 1, 0))
     last = (2 * height - 1) * side
     index[0, :], index[:, 0], index[0, 0] = last, last + 1, last + 2
     return F.pad(index, (0, -len(index) % 8))
@@ -194,10 +187,8 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The backbone: patches, then blocks. Subclasses add a head under the official names.
-
-    Image sides may be any multiples of the patch size: positions are interpolated from the grid of
-    config.image_size."""
+    """The backbone: patches, then blocks. Subclasses add a head under the official names. Image
+    sides may be any multiples of the patch size: positions are interpolated."""
 
     resize = "bicubic"  # how positions are interpolated (F.interpolate's mode)
     checkpointing = False  # keep only what enters a block for the backward pass: a third slower
@@ -223,8 +214,8 @@ class ViT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """The paper's init (sec. 2.3): a normal of std 0.02, cut at one std as in the official
-        code. The output matrices of the l-th block are divided by sqrt(2l): 2l branches have been
-        added to the residual stream by then, whose variance would otherwise grow with depth."""
+        code. The l-th block's output matrices are divided by sqrt(2l): it is the number of branches
+        added to the residual stream so far, whose variance would otherwise grow with depth."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.endswith("relative_position_bias_table"):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
@@ -247,8 +238,7 @@ class ViT(nn.Module):
         if grid != (self.config.grid, self.config.grid):
             tables = [resize_positions(table, *grid, self.resize) for table in tables]
             index = copy_to(index.device, relative_position_index(*grid))
-        # embedding() and not table[index]: its backward adds up in a fixed order, so that a resumed
-        # run is bit-identical
+        # not table[index]: its backward adds up in any order, so a resumed run would differ
         biases = [F.embedding(index, table).permute(2, 0, 1).contiguous() for table in tables]
         return biases * (len(self.blocks) // len(biases))  # a shared one goes to every block
 
@@ -276,15 +266,13 @@ class ViT(nn.Module):
         return self.encode(self.patch_embed(images), self.grid_of(images))
 
     def features(self, images):
-        """Images (B, 3, H, W), normalized -> features of [CLS] and the patches, (B, 1 + N, D),
-        before any final norm."""
+        """Images (B, 3, H, W), normalized -> features (B, 1 + N, D), before any final norm."""
         return self.layers(images)[-1]
 
     forward = features  # subclasses add a head
 
     def attention_probs(self, images):
-        """What the last block attends to in images (B, 3, H, W), normalized: (B, heads, 1 + N
-        queries, 1 + N keys)."""
+        """What the last block attends to in images (B, 3, H, W), normalized: as in Attention."""
         last = self.blocks[-1]
         bias = self.position_biases(self.grid_of(images))[-1]
         return last.attn.attention_probs(last.norm1(self.layers(images)[-2]), bias)
@@ -359,20 +347,14 @@ class LinearProbes(ViT):
         return torch.stack([probe(means[layer - 1]) for probe, layer in probes])
 
 
-# The layers whose features SETR's auxiliary heads see, by depth (arXiv 2012.15840); else quarters
-AUXILIARY = {24: (10, 15, 20, 24)}
-
-
 class UpsamplingHead(nn.Module):
-    """SETR's progressive upsampling: a LayerNorm, then for each of `scales` a 3x3 convolution to
-    256 channels, batch norm, ReLU and a bilinear upsampling by this scale, then a 1x1 convolution.
-    If the network has under 512 channels, the convolutions have half as many: otherwise the head
-    would be most of a small network's work."""
+    """SETR's progressive upsampling: a LayerNorm, for each of `scales` a 3x3 convolution to 256
+    channels, batch norm, ReLU and a bilinear upsampling by this scale, then a 1x1 convolution."""
 
     def __init__(self, dim, num_classes, scales):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        width = min(256, dim // 2)
+        width = min(256, dim // 2)  # else the head would be most of a small network's work
         layers = []
         for number, scale in enumerate(scales):
             layers += [nn.Conv2d(width if number else dim, width, 3, padding=1, bias=False)]
@@ -396,13 +378,13 @@ class Segmenter(ViT):
         halvings = config.patch_size.bit_length() - 1
         if config.patch_size != 2**halvings or not halvings:
             raise BadInput(f"patch_size={config.patch_size}: to be segmented, a power of two")
+        # the layers that the auxiliary heads see: SETR's, and the quarters of other depths
         quarters = [round(config.depth * k / 4) for k in (1, 2, 3, 4)]
-        self.auxiliary = AUXILIARY.get(config.depth, quarters)
+        self.auxiliary = [10, 15, 20, 24] if config.depth == 24 else quarters
         self.head = UpsamplingHead(config.dim, num_classes, [2] * halvings)
-        first = [min(4, config.patch_size)]
-        self.aux_heads = nn.ModuleList(
-            UpsamplingHead(config.dim, num_classes, first) for _ in self.auxiliary
-        )
+        scales = [min(4, config.patch_size)]
+        heads = [UpsamplingHead(config.dim, num_classes, scales) for _ in self.auxiliary]
+        self.aux_heads = nn.ModuleList(heads)
         self.init_weights()
 
     def forward(self, images):
@@ -418,14 +400,12 @@ class Segmenter(ViT):
 
 
 def param_groups(model, weight_decay, layer_decay=1.0):
-    """An optimizer's groups of the trained parameters of a network, or of an objective with one.
-
-    `weight_decay` spares biases, norms, LayerScale and the embeddings but mask_token, as in the
-    official code. `lr_scale`, a group's share of the learning rate, is layer_decay ** (depth + 1 -
-    layer) (table 13): the embeddings are layer 0, the l-th block is layer l and all above is layer
-    depth + 1. `matrix` says whether the group holds the weights of linear layers. A parameter
-    without a dot in its name is an embedding."""
-    named = {name.removeprefix("model."): p for name, p in model.named_parameters()}
+    """An optimizer's groups of a network's trained parameters. `weight_decay` spares biases, norms,
+    LayerScale and the embeddings but mask_token, as in the official code. `lr_scale`, a group's
+    share of the learning rate, is layer_decay ** (depth + 1 - layer) (table 13): the embeddings,
+    whose names have no dot, are layer 0, the l-th block is layer l and all above is layer depth +
+    1. Groups with `matrix` hold the weights of linear layers."""
+    named = dict(model.named_parameters())
     layers = {name: int(name.split(".")[1]) + 1 for name in named if name.startswith("blocks.")}
     top = max(layers.values(), default=0) + 1
     groups = {}
@@ -456,8 +436,7 @@ class ContrastiveLoss(nn.Module):
     """
 
     has_teacher = False  # whether the other view is a teacher's, or the student's own
-    # whether it compares the images of a batch, or its head has a batch norm: then gradients cannot
-    # accumulate, and processes have equal shares
+    # whether it compares the images of a batch, or its head has a batch norm: no micro-batches then
     needs_whole_batch = True
     sees_local_crops = False  # whether --local_crops has small views for it
     sums_pairs = False  # whether several pairs of views are added up, or averaged
@@ -538,8 +517,7 @@ class MoCo(ContrastiveLoss):
 
 
 class SimCLR(ContrastiveLoss):
-    """SimCLR (arXiv 2002.05709): find an image's other view among all others of the batch, without
-    a teacher."""
+    """SimCLR (arXiv 2002.05709, eq. 1): find an image's other view in the batch. No teacher."""
 
     temperature = 0.1
 
@@ -547,7 +525,6 @@ class SimCLR(ContrastiveLoss):
         return make_mlp(dim, hidden, 128, norm=False)
 
     def forward(self, student, other, progress):
-        """NT-Xent (eq. 1)."""
         a = F.normalize(student, dim=1)
         b = F.normalize(other, dim=1)
         keys = torch.cat([gather(a), gather(b)])
@@ -571,8 +548,7 @@ def gather(x):
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
-    """Batch norm over the rows of all processes, on any device: what SyncBatchNorm does on GPUs. It
-    computes all rows everywhere, which is cheap for a projector's (B, D)."""
+    """SyncBatchNorm for any device: each process computes all rows, which is cheap for (B, D)."""
 
     def forward(self, x):
         if not self.training or not dist.is_initialized():
@@ -611,18 +587,15 @@ class DINOHead(nn.Module):
             return F.linear(F.normalize(x.float()), F.normalize(self.prototypes))
 
 
-
 CONTRASTIVE_LOSSES = {"none": None, "dino": DINO, "moco": MoCo, "simclr": SimCLR}
 
 
 # ---- loading and exporting weights ---------------------------------------------------------------
 
-
 @contextmanager
 def write_atomically(path, keep=None):
-    """A binary file to write, in a with statement. It is a temporary file beside `path`, which is
-    synced and renamed at the end: a kill at any moment leaves the old file or the new one. The old
-    file moves to `keep`, if given."""
+    """A binary file for a with statement: a temporary one, which is synced and renamed at the end,
+    so that a kill leaves the old file or the new one. The old one moves to `keep`, if given."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -655,19 +628,22 @@ class Opaque:
 
 
 def read_checkpoint(path):
-    """The dict that torch.save wrote to `path`, on the CPU. Nothing in the file can run code: only
-    tensors and plain values are unpickled. The rest, such as the command line in the official
-    checkpoints and the callbacks in Lightning's, becomes empty objects."""
+    """The dict that torch.save or safetensors wrote to `path`, on the CPU; {} if it is no dict. No
+    code can run: all but tensors and plain values, such as callbacks, becomes empty objects."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file; give a checkpoint.pt or an official .pth file")
+    safetensors = str(path).endswith(".safetensors") and optional("safetensors.torch", path)
     try:
+        if safetensors:
+            return safetensors.load_file(path)
         zipped = zipfile.is_zipfile(path)  # as torch has written them since 1.6
         names = get_unsafe_globals_in_checkpoint(path) if zipped else ["argparse.Namespace"]
         with safe_globals([(Opaque, name) for name in names]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         raise BadInput(f"{path}: damaged, or no checkpoint of plain tensors "
                        f"({short_message(error)})") from error
+    return content if isinstance(content, dict) else {}
 
 
 def short_message(error):
@@ -677,9 +653,8 @@ def short_message(error):
     return next((line for line in lines if line.startswith(telling)), lines[0])[:200]
 
 
-# Our name, the name in transformers' files and, if it differs, the name in the memory of
-# transformers 5. An entry that begins with a dot stands for a part of a name, any other for the
-# beginning of one.
+# Our name, the name in transformers' files and, if it differs, in the memory of transformers 5. An
+# entry with a dot in front stands for a part of a name, any other for the beginning of one.
 HF_NAMES = [
     ("blocks.", "encoder.layer.", "layers."),
     ("rel_pos_bias.", "encoder.relative_position_bias.", "shared_position_bias."),
@@ -737,13 +712,10 @@ def to_transformers(state):
 
 
 # What compilation, checkpointed activations, sharding and transformers add to parameters' names
-WRAPPERS = re.compile(
-    r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|beit|data2vec_vision)\."
-)
+WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|beit|"
+                      r"data2vec_vision)\.")
 # The official name or transformers' that shows where a BEiT is, and what may stand before it
 ANCHOR = re.compile(r"(.*\.|)(patch_embed\.proj|embeddings\.patch_embeddings\.projection)\.weight")
-# Words in the names of averages over training, which are better than the last weights
-AVERAGED = {"ema", "teacher", "averaged"}
 
 
 def flatten(tree, prefix=""):
@@ -758,14 +730,14 @@ def flatten(tree, prefix=""):
 
 
 def find_network(checkpoint):
-    """(state, part): the BEiT somewhere in a checkpoint, under its official names, and what stands
-    before its names there, such as "state_dict.backbone"; ({}, "") if there is none. The first is
-    taken, but averages over training before others."""
+    """(state, part): the first BEiT in a checkpoint, under its official names, and what stands
+    before its names there, such as "state_dict.backbone"; ({}, "") if there is none."""
     tensors = flatten(checkpoint)
     prefixes = [match[1] for match in map(ANCHOR.fullmatch, tensors) if match]
     if not prefixes:
         return {}, ""
-    prefix = min(prefixes, key=lambda prefix: AVERAGED.isdisjoint(re.split(r"[._]", prefix)))
+    averages = {"ema", "teacher", "averaged"}  # over training: better than the last weights
+    prefix = min(prefixes, key=lambda prefix: averages.isdisjoint(re.split(r"[._]", prefix)))
     # the official files hold the tables' index too, which follows from the grid
     state = from_transformers({
         name.removeprefix(prefix): value for name, value in tensors.items()
@@ -780,13 +752,12 @@ def find_network(checkpoint):
 
 def read_network(path):
     """(weights under the official names, their ViTConfig, a dict of what else is known) of the BEiT
-    in a file or transformers folder: one of our checkpoints, an official .pth, a state dict of timm
-    or transformers, or a file that holds one of these (find_network). If the file does not say how
-    many heads there are, each has 64 channels, as in table 11. The dict has the "part" of the file
-    that was read and, where the file holds them, "config" (the run's options) and "classes" (their
-    names). Raises BadInput if there is no BEiT."""
+    in a transformers folder or a file: one of our checkpoints, an official .pth, a state dict of
+    timm or transformers, or what holds one of these. Where it does not say how many heads there
+    are, each has 64 channels (table 11). The dict has the "part" of the file that was read and, if
+    the file holds them, "config" (the run's options) and "classes" (their names)."""
     path = str(path)
-    checkpoint = read_folder(path) if os.path.isdir(path) else read_tensors(path)
+    checkpoint = read_folder(path) if os.path.isdir(path) else read_checkpoint(path)
     arch = checkpoint.get("arch")
     known = {}
     if isinstance(arch, dict) and "heads" in arch:  # ours
@@ -798,7 +769,7 @@ def read_network(path):
     state, known["part"] = find_network(checkpoint)
     needed = {"cls_token", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
     if not needed <= state.keys() or state["patch_embed.proj.weight"].dim() != 4:
-        names = ", ".join([str(name) for name in checkpoint][:3]) or "no dictionary"
+        names = ", ".join([str(name) for name in checkpoint][:3]) or "no names"
         raise BadInput(f"{path}: no weights of a BEiT; it holds {names}; give a checkpoint or a "
                        "model's state_dict()")
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
@@ -810,64 +781,47 @@ def read_network(path):
         shared = "rel_pos_bias.relative_position_bias_table" in state
         position = "shared_relative" if shared else "relative"
         grid = (math.isqrt(len(tables[0]) - 3) + 1) // 2 if tables else 14
-    found = {
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "dim": dim,
-        "position": position,
-        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        "heads": tables[0].shape[1] if tables else max(1, dim // 64),
-        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / dim,
-        "layer_scale": 0.1 if "blocks.0.gamma_1" in state else 0.0,
-    }
+    found = dict(
+        image_size=grid * patch, patch_size=patch, dim=dim, position=position,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        heads=tables[0].shape[1] if tables else max(1, dim // 64),
+        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
+        layer_scale=0.1 if "blocks.0.gamma_1" in state else 0.0,
+    )
     return state, ViTConfig(**{**found, **arch}), known
 
 
 def read_folder(path):
     """A transformers folder in the form of our checkpoints."""
-    names = [name for name in ("model.safetensors", "pytorch_model.bin", "config.json")
-             if os.path.exists(os.path.join(path, name))]
-    if len(names) < 2 or names[-1] != "config.json":
+    files = {name: os.path.join(path, name) for name in os.listdir(path)}
+    weights = files.get("model.safetensors") or files.get("pytorch_model.bin")
+    if not weights or "config.json" not in files:
         raise BadInput(f"{path}: no transformers folder, which holds config.json and "
                        "model.safetensors or pytorch_model.bin; give such a folder or a file")
-    hf_config = read_json(path, "config.json")
+    hf_config = read_json(files["config.json"])
     if hf_config.get("model_type") not in ("beit", "data2vec-vision"):
         raise BadInput(f"{path}: model_type is {hf_config.get('model_type')!r}, not 'beit' or "
                        "'data2vec-vision'")
-    checkpoint = read_tensors(os.path.join(path, names[0]))
+    checkpoint = read_checkpoint(weights)
     checkpoint["arch"] = {"heads": hf_config.get("num_attention_heads", 12)}
     if labels := hf_config.get("id2label"):
         checkpoint["classes"] = [labels[number] for number in sorted(labels, key=int)]
-    if os.path.exists(os.path.join(path, "preprocessor_config.json")):
-        processor = read_json(path, "preprocessor_config.json")
+    if "preprocessor_config.json" in files:
+        processor = read_json(files["preprocessor_config.json"])
+        norm = "half" if processor.get("image_mean") == [0.5, 0.5, 0.5] else "imagenet"
         size = processor.get("size")
         edge = size.get("shortest_edge") if isinstance(size, dict) else None
-        half = processor.get("image_mean") == [0.5, 0.5, 0.5]
-        checkpoint["config"] = {
-            "norm": "half" if half else "imagenet",
-            "eval_crop": hf_config.get("image_size", 224) / edge if edge else 1.0,
-        }
+        share = hf_config.get("image_size", 224) / edge if edge else 1.0
+        checkpoint["config"] = {"norm": norm, "eval_crop": share}
     return checkpoint
 
 
-def read_json(folder, name):
-    path = os.path.join(folder, name)
+def read_json(path):
     try:
         with open(path) as file:
             return json.load(file)
     except ValueError as error:
         raise BadInput(f"{path}: no JSON ({error})") from error
-
-
-def read_tensors(path):
-    if not str(path).endswith(".safetensors"):
-        checkpoint = read_checkpoint(path)
-        return checkpoint if isinstance(checkpoint, dict) else {}
-    load = optional("safetensors.torch", path).load_file
-    try:
-        return load(path)
-    except Exception as error:  # its own error type is no ValueError
-        raise BadInput(f"{path}: damaged, or no safetensors file ({error})") from error
 
 
 def optional(module, purpose):
@@ -879,16 +833,12 @@ def optional(module, purpose):
 
 
 def load_weights(model, path, head=False):
-    """Copy the weights in `path` (what read_network reads) into `model` by name.
-
-    Position embeddings and tables for another image size are interpolated. A table that is shared
-    by all layers is copied to layers with tables of their own, and where the model shares one, it
-    becomes the mean of theirs. Heads and final norms keep their init if they are missing or have
-    another size, unless `head` asks for them. Returns three lines that say what was loaded, left
-    out and newly initialized. Raises BadInput naming the first tensor that is missing, has another
-    shape or has no place; a tensor of our own checkpoints always needs a place, unless it is of a
-    head.
-    """
+    """Copy the weights in `path` (what read_network reads) into `model` by name. Positions for
+    another image size are interpolated. A table that is shared by all layers is copied to layers
+    with their own tables, and these become one by their mean. Heads and final norms keep their init
+    if they are missing or have another size, unless `head` asks for them. Returns three lines that
+    say what was loaded, left out and newly initialized. Raises BadInput naming the first tensor
+    that is missing, has another shape or has no place."""
     state, config, known = read_network(path)
     target = model.state_dict()
     table = "relative_position_bias_table"
@@ -930,8 +880,7 @@ HEAD_NAMES = ("head.", "fc_norm.", "norm.", "lm_head.", "mask_token", "probes.",
 
 def resize_positions(value, height, width, mode):
     """Position embeddings (1, 1 + N, D), or a relative table (offsets + 3, heads), of a square grid
-    for one of height x width patches. Only the 2-D part is interpolated; the [CLS] embedding and
-    the three extra rows stay as they are."""
+    for one of height x width patches. What belongs to [CLS] stays as it is."""
     is_table = value.dim() == 2
     if is_table:
         height = 2 * height - 1
@@ -949,9 +898,8 @@ def resize_positions(value, height, width, mode):
 
 
 def evaluation_view(config, known):
-    """How evaluation prepares an image (finetune_cls.center_crop): (pixels to which its shorter
-    side is resized before the middle is cropped, or None if the whole image is squashed; mean;
-    standard deviation). If the file does not say it, this is as in the official code."""
+    """How evaluation prepares an image: (pixels of its shorter side before the middle is cropped,
+    None to squash all of it; mean; standard deviation). By default as in the official code."""
     run = known.get("config", {})
     share = run.get("eval_crop", 0.875 if run or config.image_size < 384 else 1)
     edge = None if share == 1 else round(config.image_size / share)
@@ -960,9 +908,8 @@ def evaluation_view(config, known):
 
 def export_weights(path, to, out):
     """Write the weights in `path` (what read_network reads) for another library: with
-    to="transformers" the folder `out` for from_pretrained, with to="timm" the file `out` for
-    `timm.create_model(..., checkpoint_path=out)`, which the official code reads too, with to="onnx"
-    the file `out` for any batch. Returns Python that loads them and prepares an image."""
+    to="transformers" a folder `out`, with "timm" a file that the official code reads too, with
+    "onnx" a file for any batch. Returns Python that loads them and prepares an image."""
     state, config, known = read_network(path)
     kind = next((kind for name, kind in HEADS.items() if name in state), "network without a head")
     export, kinds = EXPORTS[to]
@@ -1094,8 +1041,7 @@ def main(argv=None):
     try:
         python = export_weights(options.weights, options.to, options.out)
     except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {error}\n")
     print(f"wrote {options.out}; in Python:\n{python}")
 
 

@@ -2,18 +2,15 @@
 
 No arguments is the paper's recipe (table 12): ViT-B, 800 epochs of ImageNet-1k, batch 2048,
 DALL-E's tokens. The paper gives about five days on 16 V100s for its 500,000 steps, and 83.2% top-1
-after fine-tuning; neither has been measured with this code. On 8 GPUs:
+after fine-tuning; neither has been measured with this code. On 8 GPUs, or in minutes on two CPU
+cores, on images that the script draws itself:
     torchrun --nproc_per_node=8 pretrain.py --data=/path/to/imagenet --out=out/beit_base
-In minutes on two CPU cores, on images that the script draws itself:
     python pretrain.py --preset=shapes
-Other targets than DALL-E's tokens: --task=tokenizer trains a dVAE, --task=pca finds principal
-components; --tokenizer=dvae or pca does that first. --contrast=dino, moco or simclr adds a loss.
 `--dry_run` prints the plan of a run (compute, memory, days) without data or GPU, `--bench` measures
 its speed, `--help` lists every option. Run a command again after it was killed: it goes on there.
 
-Read from the top: options, the objective, the loop, evaluation, main; that is all of BEiT's
-pre-training. What the loop calls follows, then other objectives, then tools. The loop is that of
-all three scripts.
+Read from the top: options, the objective, the loop of all three scripts, evaluation, main; that is
+all of BEiT's pre-training. What the loop calls follows, then other objectives, then tools.
 Data flows masking.py (views and mask) -> tokenizer.py (targets) -> model.py (predictions) -> here.
 """
 
@@ -37,7 +34,6 @@ import sys
 import time
 import traceback
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Literal, TypeVar, get_args, get_type_hints
 
@@ -64,14 +60,14 @@ from masking import (
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
-    param_groups, read_checkpoint, read_network, write_atomically,
+    optional, param_groups, read_checkpoint, read_network, short_message, write_atomically,
 )
 from tokenizer import TOKENIZERS, build_tokenizer
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment behind a field is its text in --help: why this value, or what goes wrong with another.
-# A type can mark an option: a Free one may change when a run is resumed, as it does not change what
-# is learned; if a run trains its tokenizer first, that training has the Free and the Shared ones.
+# A Free option may change when a run is resumed, as it does not change what is learned. A tokenizer
+# that is trained first takes the Free and the Shared options over.
 T = TypeVar("T")
 Free = Annotated[T, "free"]
 Shared = Annotated[T, "shared"]
@@ -97,14 +93,14 @@ class RunConfig:
     lr: float = 1.5e-3  # peak of the schedule; too high shows as a loss that jumps up early
     min_lr: float = 1e-5  # where the schedule ends
     schedule: str = "cosine"  # how the lr falls after the warm-up
-    warmup_epochs: float = 10  # linear warm-up, at most a quarter of the run; without it a ViT fails
+    warmup_epochs: float = 10  # linear warm-up, at most a quarter of the run; a ViT needs it
     warmup_steps: int = 0  # length of the warm-up in steps; overrides --warmup_epochs unless 0
     layer_decay: float = 1.0  # a layer's lr over the lr of the layer above; 1: no decay
     weight_decay: float = 0.05  # of matrices; biases, norms, [CLS] and absolute positions have none
     clip_grad: float = 3.0  # largest gradient norm, 0 for none; the paper clips large at 1.0
     sam_rho: float = 0.0  # radius of sharpness-aware minimization, such as 0.05; doubles the time
     drop_path: float = 0.1  # stochastic depth of the last block; longer runs tolerate more
-    seed: Shared[int] = 0  # of init, order, crops, masks and noise; rerun with others for error bars
+    seed: Shared[int] = 0  # of init, order, crops, masks, noise; rerun with others for error bars
     num_workers: Free[int] = 8  # processes that load images for a GPU; batches don't depend on it
     dtype: Shared[Literal["auto", "float32", "float16", "bfloat16"]] = "auto"  # float16 on V100
     compile: Free[bool] = False  # torch.compile: a minute's start, then 1.3 times as fast on a GPU
@@ -133,16 +129,14 @@ class Config(RunConfig):
     val_images: Shared[int] = 2048  # held-out images per evaluation; more is slower, less noisy
     token_cache: Free[str] = "none"  # folder of --task=tokens: the tokenizer takes no time
     cache_epochs: int = 0  # the crops repeat after this many epochs, the masks never; 0: neither
-    # training a target first
     tokenizer_steps: int = 50_000  # training steps of our dVAE, if --tokenizer=dvae trains it first
     tokenizer_lr: float = 1.5e-3  # its peak lr; a small dVAE tolerates more than a ViT
     tokenizer_warmup: int = 6250  # steps of its linear warm-up, at most a quarter of its steps
     vocab_size: Shared[int] = 8192  # tokens of our own dVAE; fewer are learned faster
     downsample: Shared[int] = 8  # pixels per side to a token of our own dVAE; a power of two
     dvae_dim: Shared[int] = 128  # channels of our own dVAE; twice costs four times the compute
-    kl_weight: Shared[float] = 1e-2  # of the dVAE's pull to uniform tokens; raise it if few are used
+    kl_weight: Shared[float] = 1e-2  # the dVAE's pull to uniform tokens; raise it if few are used
     components: Shared[int] = 64  # of --task=pca; more are sharper, the last ones noise to predict
-    # a contrastive loss beside it
     contrast: str = "none"  # a second loss (README, "Beyond the paper")
     contrast_on: Literal["cls", "mean"] = "cls"  # pooled feature it uses: [CLS], or the mean patch
     contrast_weight: float = 1.0  # of that loss; a large one makes patch features uniform
@@ -181,7 +175,6 @@ PRESETS = {
 }
 
 # ---- the objective -------------------------------------------------------------------------------
-
 
 class Objective(nn.Module):
     """What is trained, on what loss. `fit` trains whatever of it requires a gradient, and saves all
@@ -232,12 +225,6 @@ class Objective(nn.Module):
     def after_step(self, progress):
         """Called when the weights have changed."""
 
-    def train(self, mode=True):
-        super().train(mode)
-        if self.tokenizer is not None:
-            self.tokenizer.eval()
-        return self
-
     @staticmethod
     def check(config):
         """Raise BadInput for options that do not go together, before anything is trained."""
@@ -247,16 +234,11 @@ class Objective(nn.Module):
         """The tokenizer whose tokens it predicts, as in --tokenizer; None if it needs none."""
 
 
-def divide(sums, count):
-    return {name: value / count for name, value in sums.items()}
-
-
 class MaskedImageModeling(Objective):
     """BEiT: predict the visual tokens of the masked patches from the rest of the image (eq. 2).
 
     Why tokens and not pixels: see tokenizer.py. The loss is the mean over all masked patches of the
-    global batch: masks differ in size, so a mean of means would weigh some patches more.
-    """
+    global batch: masks differ in size, so a mean of means would weigh some patches more."""
 
     def __init__(self, config, tokenizer):
         super().__init__(tokenizer)
@@ -281,10 +263,9 @@ class MaskedImageModeling(Objective):
 
     def targets(self, inputs):
         """The tokens (K,) of the patches to predict."""
-        if "tokens" in inputs:  # from --token_cache
-            tokens = inputs["tokens"]
-        else:
-            tokens = self.tokenizer.encode(inputs["token_images"])  # (B, h, w)
+        tokens = inputs.get("tokens")  # (B, h, w), from --token_cache
+        if tokens is None:
+            tokens = self.tokenizer.encode(inputs["token_images"])
         return tokens.flatten(0, 2)[inputs["positions"]]
 
     def eval_sums(self, inputs, progress):
@@ -311,11 +292,9 @@ class MaskedImageModeling(Objective):
         if not hasattr(self.tokenizer, "decode"):
             return columns
         tokens = self.tokenizer.encode(inputs["token_images"])
-        everywhere = torch.arange(mask.numel(), device=mask.device)
-        logits = self.model(inputs["images"], mask, everywhere)
-        predicted = self.tokenizer.most_likely(logits).view_as(tokens).to(tokens.dtype)
         filled = tokens.clone()
-        filled[mask] = predicted[mask]
+        logits = self.model(inputs["images"], mask)  # of the masked patches
+        filled[mask] = self.tokenizer.most_likely(logits).to(tokens.dtype)
         for title, codes in {"tokenizer": tokens, "BEiT": filled}.items():
             columns[title] = F.interpolate(self.tokenizer.decode(codes), size=size)
         return columns
@@ -334,15 +313,13 @@ class MaskedImageModeling(Objective):
         return config.tokenizer
 
 
-# ---- the loop ------------------------------------------------------------------------------------
+# ---- the loop of all three scripts ---------------------------------------------------------------
 
-
-def fit(objective, dataset, val_dataset, config, device, dtype):
-    """The loop of all three scripts: train an objective, from the checkpoint in OUT if there is
-    one. Returns whether the run is done."""
+def fit(objective, dataset, held_out, config, device, dtype):
+    """Train an objective, from a checkpoint in OUT if any. Returns whether the run is done."""
     steps, steps_per_epoch, warmup = run_length(config, len(dataset))
-    if len(val_dataset) < world_size():
-        raise BadInput(f"--data={config.data}: {len(val_dataset)} held-out images are too few")
+    if len(held_out) < world_size():
+        raise BadInput(f"--data={config.data}: {len(held_out)} held-out images are too few")
     optimizer = make_optimizer(objective, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parallel = parallelize(objective, config)  # its gradients are means over the processes
@@ -351,7 +328,7 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
     claim_folder(config, dataset.images)
     start = load_run(config, objective, optimizer, scaler)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
-        f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
+        f"warm-up {warmup}; {len(dataset):,} images, {len(held_out):,} held out")
     batches = batches_of_steps(start, steps, len(dataset), config.batch_size, config.seed,
                                config.repeats)
     loader = make_loader(dataset, batches, config.num_workers, device)
@@ -377,7 +354,7 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
                 inputs = objective.inputs(micro, device)
                 with autocast(device, dtype):
                     loss, parts = parallel(inputs, denominators, step / steps)
-                # each loss is a share of the global mean; DDP averages, and this undoes its division
+                # the loss is already a share of the global mean, but DDP averages gradients
                 scaler.scale(loss * world_size()).backward()
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     shares[name] = shares.get(name, 0) + value
@@ -394,30 +371,26 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
         objective.after_step(step / steps)
 
         metrics["grad_norm"] = grad_norm / world_size()  # the logger adds up what processes have
-        due = logger.add(metrics, batch)  # no GPU waits until something is due
-        if due:
+        if due := logger.add(metrics, batch):  # until something is due, no GPU waits
             record = logger.read(lr)
             if "evaluation" in due:
-                done = logger.done / steps
-                record |= evaluate(objective, val_dataset, config, device, dtype, done)
+                record |= evaluate(objective, held_out, config, device, dtype, logger.done / steps)
                 if rank() == 0:
-                    columns = objective.pictures(val_dataset, device, dtype)
+                    columns = objective.pictures(held_out, device, dtype)
                     save_columns(os.path.join(config.out, objective.picture), columns)
                 objective.train()
             logger.write(record)
         if "checkpoint" in due:
             save_run(config, objective, optimizer, scaler, logger.done)
-    finished = logger.close()
-    if not finished:
+    if not logger.close():
         save_run(config, objective, optimizer, scaler, logger.done)
         log(f"SIGTERM: saved step {logger.done}; the same command goes on from there")
-    return finished
+    return logger.done == steps
 
 
 @torch.no_grad()
 def evaluate(objective, dataset, config, device, dtype, progress=1.0):
-    """Means over the held-out images, each counted once whatever the number of processes: val_*.
-    Those of the last evaluation have a table, which is logged."""
+    """The val_* metrics: means over the held-out images, each of which one process counts."""
     objective.eval()
     batches = batches_of_all(len(dataset), 1 if objective.one_by_one else config.micro_batch)
     loader = make_loader(dataset, batches, config.num_workers, device)
@@ -439,28 +412,15 @@ def evaluate(objective, dataset, config, device, dtype, progress=1.0):
     return {f"val_{name}": float(value) for name, value in metrics.items() if np.ndim(value) == 0}
 
 
-def make_objective(config, device, tokenizer=None):
-    """The objective of --task on the device, with its `tokenizer` or a given one."""
-    objective_class = find_objective(config)
-    spec = objective_class.target(config)
-    if spec in PREREQUISITES:
-        spec = f"{spec}:{config.out}/tokenizer/checkpoint.pt"  # which main makes first
-    if spec and tokenizer is None:
-        tokenizer = local_rank0_first(build_tokenizer, spec, device, config.patch_size)
-        if config.compile:
-            tokenizer.encode = torch.compile(tokenizer.encode)
-            tokenizer.loss = torch.compile(tokenizer.loss, dynamic=True)  # masks differ in size
-    torch.manual_seed(config.seed)
-    return objective_class(config, tokenizer).to(device)
-
-
 def train(config):
     """One run of the objective of --task. Returns whether it is done."""
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                                  config.val_images)
     objective = make_objective(config, device)
-    tokens = cached_tokens(config, train_images, objective.tokenizer)
+    tokens = None
+    if config.token_cache != "none" and objective.tokenizer:
+        tokens, _ = open_tokens(config.token_cache, config, train_images, objective.tokenizer, "r")
     dataset = Views(train_images, config, objective.token_size, True, objective.mask,
                     objective.extra_views, tokens)
     val_dataset = Views(val_images, config, objective.token_size, False, objective.mask)
@@ -486,20 +446,21 @@ def main(argv=None):
 
 # ==== A first reading can stop here: above is all of BEiT's pre-training ==========================
 
-
 # ---- the run: length, learning rate, optimizer ---------------------------------------------------
 
-
 def run_length(config, count):
-    """(steps of the run, steps per epoch, steps of warm-up) on `count` training images. The warm-up
-    is at most a quarter of the run, so that short runs learn too."""
+    """(steps, steps per epoch, steps of warm-up) of a run on `count` images."""
     if not world_size() <= config.batch_size <= count:
         raise BadInput(f"--batch_size={config.batch_size}: must be from {world_size()}, an image "
                        f"per process, to {count}, the training images in --data={config.data}")
     steps_per_epoch = count // config.batch_size
     steps = config.steps or round(config.epochs * steps_per_epoch)
     warmup = config.warmup_steps or round(config.warmup_epochs * steps_per_epoch)
-    return steps, steps_per_epoch, min(warmup, steps // 4)
+    return steps, steps_per_epoch, min(warmup, steps // 4)  # short runs are to learn too
+
+
+def divide(sums, count):
+    return {name: value / count for name, value in sums.items()}
 
 
 def cosine(progress):
@@ -531,15 +492,13 @@ OPTIMIZERS = {"adamw": adamw}
 
 
 def make_optimizer(objective, config):
-    """The optimizer of all that requires a gradient: the network's parameters, and those that an
-    objective has beside it."""
+    """The optimizer of all that requires a gradient: the network, and what is trained beside it."""
     groups = param_groups(objective.model, config.weight_decay, config.layer_decay)
-    grouped = set(itertools.chain(*(group["params"] for group in groups)))
+    grouped = {parameter for group in groups for parameter in group["params"]}
     for parameter in objective.parameters():
         if parameter.requires_grad and parameter not in grouped:
-            decay = config.weight_decay if parameter.dim() > 1 else 0.0
             groups.append(dict(params=[parameter], lr_scale=1.0, matrix=parameter.dim() == 2,
-                               weight_decay=decay))
+                               weight_decay=config.weight_decay * (parameter.dim() > 1)))
     size = sum(parameter.numel() for group in groups for parameter in group["params"])
     log(f"{size:,} parameters to train")
     return OPTIMIZERS[config.optimizer](groups, config)
@@ -547,9 +506,8 @@ def make_optimizer(objective, config):
 
 @torch.no_grad()
 def sharpen_gradients(objective, rho, backward):
-    """Sharpness-aware minimization (arXiv 2010.01412): replace the gradients g at the weights w by
-    those at the worst place near them, w + rho * g / |g| (eq. 2). A gradient that float16 made
-    infinite moves nothing."""
+    """Sharpness-aware minimization (arXiv 2010.01412): gradients g at the weights w are replaced by
+    those at w + rho * g / |g| (eq. 2). A gradient that float16 made infinite moves nothing."""
     trained = [parameter for parameter in objective.parameters() if parameter.grad is not None]
     before = [parameter.clone() for parameter in trained]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
@@ -564,20 +522,17 @@ def sharpen_gradients(objective, rho, backward):
 
 
 def parallelize(objective, config):
-    """The objective with --compile and --checkpointing, in DistributedDataParallel if there are
-    several processes."""
+    """The objective with --compile and --checkpointing; with several processes in DDP."""
     for module in objective.modules():
         if isinstance(module, ViT):
             module.checkpointing = config.checkpointing
         if isinstance(module, Block) and config.compile:
             module.compile()
-    if world_size() == 1:
-        return objective
-    return DistributedDataParallel(objective, broadcast_buffers=False)
+    several = world_size() > 1
+    return DistributedDataParallel(objective, broadcast_buffers=False) if several else objective
 
 
 # ---- processes and devices -----------------------------------------------------------------------
-
 
 def all_reduce_sum(*numbers):
     """The sums of numbers over all processes, as floats (float64, on the CPU: no GPU waits)."""
@@ -588,14 +543,12 @@ def all_reduce_sum(*numbers):
 
 
 def barrier():
-    """Wait for all processes. dist.barrier would go over nccl, which gives up after ten minutes; a
-    download can take longer."""
+    """Wait for all processes. dist.barrier goes over nccl, which gives a download ten minutes."""
     all_reduce_sum(0)
 
 
 def local_rank0_first(make, *arguments):
-    """make(*arguments), on a machine's first process before its others, so that what it downloads
-    is downloaded once."""
+    """make(*arguments), on a machine's first process before the others: it downloads once."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         barrier()
@@ -610,19 +563,16 @@ def autocast(device, dtype):
 
 
 def setup_device(config):
-    """Join the processes that torchrun started, log what runs where, and return this process's
-    (device, dtype of the network)."""
+    """Join torchrun's processes, log what runs where, and return this one's (device, dtype)."""
     name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name in ("auto", "cuda"):
+        cuda = name == "cuda" or torch.cuda.is_available()
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--device={config.device}: not on this machine ({reason})") from None
+        raise BadInput(f"--device={name}: not on this machine ({short_message(error)})") from None
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
@@ -636,23 +586,26 @@ def setup_device(config):
         dtype = "bfloat16" if ampere else "float16" if cuda else "float32"
     git = ["git", "-C", os.path.dirname(__file__) or ".", "describe", "--always", "--dirty"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
-    log(f"commit {(commit or 'unknown').strip()}, torch {torch.__version__}, python "
-        f"{platform.python_version()}, {world_size()} x "
-        f"{torch.cuda.get_device_name(device) if cuda else device}, {dtype}")
+    where = torch.cuda.get_device_name(device) if cuda else device
+    log(f"commit {(commit or 'unknown').strip()}, torch {torch.__version__}, "
+        f"python {platform.python_version()}, {world_size()} x {where}, {dtype}")
     return device, getattr(torch, dtype)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
+def saved_in(out):
+    """The checkpoints in a folder, the newest first."""
+    paths = [f"{out}/checkpoint.pt", f"{out}/previous.pt"]
+    return [path for path in paths if os.path.exists(path)]
+
 
 def claim_folder(config, images):
-    """Write OUT/config.json; raise BadInput if a run of another config or other training images is
-    there. The same images may lie elsewhere."""
+    """Write OUT/config.json; raise BadInput if a run of another config or images is there."""
     options = {**asdict(config), "images": images.fingerprint()}
     out = config.out
     path = f"{out}/config.json"
-    saved = [f"{out}/checkpoint.pt", f"{out}/previous.pt"]
-    if config.resume == "auto" and os.path.exists(path) and any(map(os.path.exists, saved)):
+    if config.resume == "auto" and os.path.exists(path) and saved_in(out):
         with open(path) as file:
             there = json.load(file)
         free = marked(type(config), "free")
@@ -660,35 +613,35 @@ def claim_folder(config, images):
                             for name, value in options.items()
                             if name not in free and there.get(name, value) != value)
         if changes:
-            raise BadInput(f"{out} holds a run of another config ({changes}); give another --out, or "
-                           "--resume=never to replace it; to train longer, "
+            raise BadInput(f"{out} holds a run of another config ({changes}); give another --out, "
+                           "or --resume=never to replace it; to train longer, "
                            f"--weights={out}/checkpoint.pt and another --out")
     if rank() == 0:
-        for checkpoint in saved if config.resume == "never" else ():
-            with suppress(FileNotFoundError):  # else a rerun after an early kill would use them
+        if config.resume == "never":  # else a rerun after an early kill would use what is there
+            for checkpoint in saved_in(out):
                 os.remove(checkpoint)
         try:
-            with write_atomically(path) as file:
-                file.write(json.dumps(options, indent=1).encode())
+            write_json(path, options)
         except OSError as error:
             raise BadInput(f"--out={out}: cannot be written ({error})") from error
+
+
+def write_json(path, value):
+    with write_atomically(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def save_run(config, objective, optimizer, scaler, step):
     """Write all that a run needs to go on with the same bits, on CPUs and with as many processes.
     Nothing else has a state: order, crops, masks and noise are functions of seed, step and rank."""
-    save_checkpoint(
-        config, objective.model, step,
-        objective=objective.state_dict(),  # with all that hangs on it: a teacher, the tokenizer
-        optimizer=optimizer.state_dict(),
-        scaler=scaler.state_dict(),
-        **objective.notes,
-    )
+    everything = objective.state_dict()  # a teacher and the tokenizer too
+    save_checkpoint(config, objective.model, step, objective=everything, **objective.notes,
+                    optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
 
 def save_checkpoint(config, model, step, **state):
-    """Write OUT/checkpoint.pt from the first process; the one before it stays as previous.pt. The
-    network stands in it under its official names, for load_weights; it shares the storage."""
+    """Write OUT/checkpoint.pt from the first process; the one before stays as previous.pt. The
+    network is in it under its official names, for load_weights; it shares the storage."""
     state |= dict(config=asdict(config), step=step, model=model.state_dict(),
                   arch=asdict(model.config))
     if rank() == 0:
@@ -699,8 +652,7 @@ def save_checkpoint(config, model, step, **state):
 
 def load_run(config, objective, optimizer, scaler):
     """Restore what save_run wrote into OUT. Returns the step to begin with."""
-    state = load_checkpoint(config.out) if config.resume == "auto" else None
-    if state is None:
+    if config.resume == "never" or not (state := load_checkpoint(config.out)):
         return 0
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
@@ -711,8 +663,7 @@ def load_run(config, objective, optimizer, scaler):
 
 def load_checkpoint(out):
     """The newest undamaged checkpoint in a folder; None if there is none."""
-    paths = [f"{out}/checkpoint.pt", f"{out}/previous.pt"]
-    paths = [path for path in paths if os.path.exists(path)]
+    paths = saved_in(out)
     for path in paths:
         try:
             # torch.load does not look at the checksums, so a flipped bit would go unnoticed
@@ -728,10 +679,8 @@ def load_checkpoint(out):
 
 # ---- the log, and pictures -----------------------------------------------------------------------
 
-
 class Logger:
-    """The run's logger: a progress bar, what is due when, and the records for SINKS. `images` are
-    those it trains on."""
+    """A run's progress bar, what is due when, and the records for SINKS. It trains on `images`."""
 
     def __init__(self, config, images, start, steps, steps_per_epoch):
         self.config = config
@@ -745,30 +694,25 @@ class Logger:
         self.skipped_steps = self.bad_images = 0
         signal.signal(signal.SIGTERM, self.on_sigterm)
         self.bar = tqdm(total=steps, initial=start, disable=no_progress_bar())
-        made = [make(config, start) for make in SINKS.values()] if rank() == 0 else []
-        self.sinks = [sink for sink in made if sink]
+        self.sinks = [make(config, start) for make in SINKS.values()] if rank() == 0 else []
 
     def on_sigterm(self, *_):
-        """A cluster's preemption: the loop ends before its next step."""
-        self.stop = True
+        self.stop = True  # a cluster's preemption: the loop ends before its next step
 
     def add(self, metrics, batch):
-        """Note a step's loss, metrics and gradient norm, this process's share of each, by their
-        names, without waiting for the GPU. Returns what is due: a set of "log", "evaluation" and
-        "checkpoint"."""
+        """Note this process's shares of a step's loss, metrics and gradient norm, without waiting
+        for the GPU. Returns what is due: a set of "log", "evaluation" and "checkpoint"."""
         self.history.append(metrics)
         self.bad_images += int(batch["skipped"].sum())
         self.done += 1
         self.bar.update()
-        intervals = {"log": self.config.log_every, "evaluation": self.config.eval_every,
-                     "checkpoint": self.config.save_every}
+        due = {"log": self.config.log_every, "evaluation": self.config.eval_every,
+               "checkpoint": self.config.save_every}
         last = self.done == self.steps
-        return {name for name, every in intervals.items()
-                if last or (every > 0 and self.done % every == 0)}
+        return {name for name, every in due.items() if last or every > 0 and self.done % every == 0}
 
     def read(self, lr):
-        """The last step as a dict. Here the host waits for the GPU. Raises FloatingPointError if
-        a loss since the last call is not finite."""
+        """The last step's record. The host waits for the GPU. A loss that is not finite raises."""
         names = list(self.history[-1])
         rows = torch.stack([torch.stack(list(step.values())) for step in self.history]).cpu()
         rows = np.array(all_reduce_sum(*rows.flatten().tolist())).reshape(rows.shape)
@@ -777,13 +721,12 @@ class Logger:
                 config = self.config
                 keys = batch_of_step(step, len(self.images), config.batch_size, config.seed,
                                      config.repeats)
-                raise FloatingPointError(
-                    f"the loss of step {step + 1} is {row[0]}; the last checkpoint is untouched. "
-                    "Lower --lr, or look at the images of its batch: "
-                    + ", ".join(self.images.name(index) for _, index in keys))
+                shown = ", ".join(self.images.name(index) for _, index in keys)
+                raise FloatingPointError(f"the loss of step {step + 1} is {row[0]}; the last "
+                                         "checkpoint is untouched. Lower --lr, or look at the "
+                                         f"images of its batch: {shown}")
         self.history.clear()
-        # gradients that are not finite: float16's loss scaling skips such a step
-        self.skipped_steps += int((~np.isfinite(rows[:, -1])).sum())
+        self.skipped_steps += int((~np.isfinite(rows[:, -1])).sum())  # by float16's loss scaling
         record = {"step": self.done, "epoch": round(self.done / self.steps_per_epoch, 4)}
         record |= dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
         seconds = time.time() - self.clock
@@ -798,7 +741,7 @@ class Logger:
         log(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
         self.logged = self.done
         self.clock = time.time()
-        for sink in self.sinks:
+        for sink in filter(None, self.sinks):
             sink(record)
 
     def close(self):
@@ -810,8 +753,7 @@ class Logger:
 
 
 def metrics_file(config, start):
-    """OUT/metrics.jsonl, a JSON object per line. Lines up to the step `start` are kept: a resumed
-    run writes the later ones again."""
+    """OUT/metrics.jsonl, a JSON object per line. A resumed run keeps the lines up to `start`."""
     path = os.path.join(config.out, "metrics.jsonl")
     kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= start]
     with write_atomically(path) as file:
@@ -835,10 +777,8 @@ def read_metrics(path):
 def tensorboard(config, start):
     if not config.tensorboard:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise BadInput("--tensorboard: first pip install tensorboard") from None
+    optional("tensorboard", "--tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
     board = SummaryWriter(config.out, purge_step=start)
 
     def write(record):
@@ -848,8 +788,8 @@ def tensorboard(config, start):
     return write
 
 
-# Where the log's records go. A sink is made of (config, the step a run starts at): it is a function
-# of a record, or None if the config does not want it.
+# Where records go. (config, the step a run starts at) make a function of a record, or None if the
+# config does not want this sink.
 SINKS = {"metrics.jsonl": metrics_file, "tensorboard": tensorboard}
 
 
@@ -871,13 +811,12 @@ def sample_batch(dataset, count):
 
 
 def save_columns(path, columns):
-    """Write a PNG with a titled column for each entry of {title: images (B, 3, H, W) in [0, 1]}, if
-    there are any."""
+    """Write a PNG with a column for each of {title: images (B, 3, H, W) in [0, 1]}, if any."""
     if not columns:
         return
-    images = torch.stack([column.float().cpu() for column in columns.values()], dim=1).flatten(0, 1)
-    scale = math.ceil(128 / images.shape[3])  # small images are shown larger
-    images = F.interpolate(images.clamp(0, 1), scale_factor=scale)
+    rows = torch.stack([column.float().cpu().clamp(0, 1) for column in columns.values()], dim=1)
+    scale = math.ceil(128 / rows.shape[4])  # small images are shown larger
+    images = F.interpolate(rows.flatten(0, 1), scale_factor=scale)
     grid = make_grid(images, nrow=len(columns), padding=4, pad_value=1.0)
     picture = ImageOps.expand(TF.to_pil_image(grid), border=(0, 14, 0, 0), fill="white")
     for number, title in enumerate(columns):
@@ -901,29 +840,22 @@ def marked(config_class, mark):
     return {f.name for f in fields(config_class) if mark in getattr(f.type, "__metadata__", ())}
 
 
-def network_options(config):
-    """The options of a run that ViTConfig has too, as a dict."""
-    return {f.name: getattr(config, f.name) for f in fields(ViTConfig) if hasattr(config, f.name)}
-
-
 def vit_config(config, shared=True):
-    """The ViTConfig of a run. Relative positions have one table, `shared` by all layers, in
-    pre-training, and a table per layer in fine-tuning."""
-    changes = network_options(config)
-    if config.variant == "released" and not shared:
-        changes["position"] = "relative"
-    return ViTConfig.named(config.size, config.variant, **changes)
+    """The ViTConfig of a run. A table of relative positions is `shared` by all layers or not."""
+    given = {f.name: getattr(config, f.name) for f in fields(ViTConfig) if hasattr(config, f.name)}
+    if config.variant == "released" and not shared:  # in fine-tuning
+        given["position"] = "relative"
+    return ViTConfig.named(config.size, config.variant, **given)
 
 
 def as_trained(config, *names):
     """`config` with the network, the norm and the options `names` as in the run that wrote
-    --weights, if they were left at their defaults: evaluation needs no more than the weights."""
+    --weights, where they were left at their defaults: evaluation needs the weights alone."""
     need_weights(config)
     trained = read_network(config.weights)[2].get("config", {})
-    taken = {name: trained[name]
-             for name in ("size", "variant", *network_options(config), "norm", *names)
-             if name in trained and trained[name] != getattr(type(config), name)
-             and getattr(config, name) == getattr(type(config), name)}
+    names = ("size", "variant", "norm", *(f.name for f in fields(ViTConfig)), *names)
+    taken = {name: trained[name] for name in names if name in trained
+             and getattr(config, name) == getattr(type(config), name) != trained[name]}
     if taken:
         log("as it was trained:", *(f"{name} {value}" for name, value in taken.items()))
     return replace(config, **taken)
@@ -935,7 +867,7 @@ def need_weights(config):
 
 
 def check_range(config, least, most, *names):
-    """Raise BadInput for an option of these names, if there is one, outside [least, most]."""
+    """Raise BadInput if an option of these names, where there is one, is outside [least, most]."""
     for name in names:
         value = getattr(config, name, least)
         if not least <= value <= most:
@@ -950,7 +882,7 @@ class Parser(argparse.ArgumentParser):
             known = [option[2:] for option in self._option_string_actions]
             close = difflib.get_close_matches(unknown, known, n=1)
             message += f"; did you mean --{close[0]}?" if close else "; --help lists what there is"
-        sys.exit(2) if rank() else fail(message, 2)
+        sys.exit(2) if rank() else leave(f"error: {message}", 2)
 
 
 def boolean(text):
@@ -963,8 +895,8 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
     """The config of a command line: defaults, then the preset's values, then --FIELD=VALUE. The
     first preset is the default; `choices` are tables with the names that a field may have; a field
     whose type is a tuple takes the words without a name."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     first = next(iter(presets))
     parser.add_argument("--preset", choices=presets, default=first, help="a set of the below")
     texts = field_texts(config_class)
@@ -973,20 +905,19 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
         if name in OPEN_CHOICES:
             text += f"; known names: {', '.join(OPEN_CHOICES[name])}"
         text = f"{text} (default: {getattr(config_class, name)!r})".replace("%", "%%")
-        how = {"help": text, "default": argparse.SUPPRESS}
+        names = get_args(kind) or choices.get(name)
         if kind is tuple:
-            parser.add_argument(name, nargs="*", **how)
+            parser.add_argument(name, nargs="*", help=text)
         elif kind is bool:  # --dry_run alone is true
-            parser.add_argument(f"--{name}", type=boolean, nargs="?", const=True, **how)
+            parser.add_argument(f"--{name}", type=boolean, nargs="?", const=True, help=text)
         else:
-            names = get_args(kind) or choices.get(name)
-            parser.add_argument(f"--{name}", type=str if names else kind, choices=names, **how)
+            parser.add_argument(f"--{name}", type=str if names else kind, choices=names, help=text)
     given = vars(parser.parse_args(argv))
     recipe = presets[given.pop("preset")]
     if "epochs" in given:  # a preset's steps would override them
-        given.setdefault("steps", 0)
+        recipe = {**recipe, "steps": 0}
     if "warmup_epochs" in given:
-        given.setdefault("warmup_steps", 0)
+        recipe = {**recipe, "warmup_steps": 0}
     config = config_class(**{**recipe, **given})
     check_range(config, 1, math.inf, "image_size", "patch_size", "batch_size", "micro_batch",
                 "repeats")
@@ -1003,11 +934,9 @@ def field_texts(config_class):
     return dict(re.findall(r"^    (\w+): [^#\n]*# *(.*)$", source, flags=re.MULTILINE))
 
 
-
 # What a machine's error says -> what to do
 REMEDIES = {
-    "shared memory|file </torch_": "give --num_workers=0, or more shared memory (Docker: "
-                                   "--shm-size=8g)",
+    "shared memory|file </torch_": "give --num_workers=0, or in Docker --shm-size=8g",
     "out of memory|can't allocate memory": "lower --micro_batch",
     "No space left on device|Disk quota exceeded|File too large":
         "make room and run it again; the last checkpoint is intact",
@@ -1016,37 +945,31 @@ REMEDIES = {
 
 
 def run(main):
-    """Call main(). Bad input becomes one line and exit code 2, an error of the machine one line with
-    what to do and code 1; any other error keeps its traceback."""
+    """Call main(). Bad input becomes one line and exit code 2, an error of the machine one line
+    with its remedy and code 1; any other error keeps its traceback."""
     try:
         main()
     except Exception as error:
         # the message of a loader process comes behind its traceback
         message = str(error).strip().rpartition("\n")[2].removeprefix("masking.BadInput: ")
-        remedies = [remedy for symptoms, remedy in REMEDIES.items() if re.search(symptoms, message)]
-        if isinstance(error, (BadInput, FloatingPointError)):  # Logger.read's is the latter
-            fail(message, 2 if isinstance(error, BadInput) else 1)
-        if remedies:
-            fail(f"{message}; {remedies[0]}", 1)
-        traceback.print_exc()
-        leave(1)
+        if isinstance(error, (BadInput, FloatingPointError)):  # the latter is Logger.read's
+            leave(f"error: {message}", 2 if isinstance(error, BadInput) else 1)
+        for symptoms, remedy in REMEDIES.items():
+            if re.search(symptoms, message):
+                leave(f"error: {message}; {remedy}", 1)
+        leave(traceback.format_exc(), 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def fail(message, code):
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    leave(code)
-
-
-def leave(code):
+def leave(text, code):
+    print(text, file=sys.stderr, flush=True)
     if multiprocessing.active_children():  # loader processes leave when they see this one gone;
         os._exit(code)  # sys.exit would send them SIGTERM, which they ignore, and wait for ever
     sys.exit(code)
 
 
 # ---- other objectives ----------------------------------------------------------------------------
-
 
 class TokenizerTraining(Objective):
     """Our own dVAE (app. C): reconstruct images through Gumbel-softmax tokens."""
@@ -1089,23 +1012,20 @@ class TokenizerTraining(Objective):
 
 
 class Teacher(nn.Module):
-    """A frozen copy of a network, which follows it as a moving average. An objective that has one
-    calls `follow` after each step."""
+    """A frozen copy of a network that follows it, after each step, as a moving average."""
 
     def __init__(self, student, momentum):
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False)
         self.momentum = momentum
-        for module in self.network.modules():
-            if isinstance(module, Block):
-                module.drop_path = 0.0
+        for block in self.network.blocks:
+            block.drop_path = 0.0
 
     @torch.no_grad()
     def follow(self, student, progress):
         momentum = 1 + (self.momentum - 1) * cosine(progress)  # rises to 1
-        parameters = dict(student.named_parameters())
-        for name, parameter in self.network.named_parameters():
-            parameter.lerp_(parameters[name], 1 - momentum)
+        for mine, its in zip(self.network.parameters(), student.parameters(), strict=True):
+            mine.lerp_(its, 1 - momentum)
 
 
 class Contrast(Objective):
@@ -1113,8 +1033,7 @@ class Contrast(Objective):
 
     The student sees both views, and DINO's small ones; each of its outputs is compared with the
     outputs of other views: of the teacher's two, or for SimCLR, which has no teacher, its own.
-    With `model`, it is a part of MIMWithContrast, on that network.
-    """
+    With `model`, it is a part of MIMWithContrast, on that network."""
 
     def __init__(self, config, tokenizer=None, model=None):
         super().__init__()
@@ -1123,27 +1042,23 @@ class Contrast(Objective):
         self.weight = config.contrast_weight
         self.token_size = config.image_size  # there are no targets
         self.loss = CONTRASTIVE_LOSSES[config.contrast](config)
-        self.model = model or self.make_model(config)
+        self.model = model
+        if model is None:
+            self.model = ViT(vit_config(config))
+            self.model.norm = nn.LayerNorm(self.model.config.dim, eps=1e-6)
+            self.model.init_weights()
         hidden = config.projector_dim or self.loss.projector_dim
         self.model.projector = self.loss.make_head(self.model.config.dim, hidden)
         if config.weights != "none":  # in MIMWithContrast once more, for the projector
             log(load_weights(self.model, config.weights))
-        self.teacher = None
-        if self.loss.has_teacher:
-            momentum = config.teacher_momentum or self.loss.teacher_momentum
-            self.teacher = Teacher(self.model, momentum)
+        momentum = config.teacher_momentum or self.loss.teacher_momentum
+        self.teacher = Teacher(self.model, momentum) if self.loss.has_teacher else None
         separate = model is None or config.local_crops  # passes, as in appendix E
         whole = ssl_augment(config.image_size, self.loss.crop_area)
         self.extra_views = {"views": (2 if separate else 1, whole)}
         if config.local_crops:  # of 5% to 40% of the area, and 96 pixels for 224
             side = max(1, round(self.model.config.grid * 96 / 224)) * config.patch_size
             self.extra_views["local_views"] = config.local_crops, ssl_augment(side, (0.05, 0.4))
-
-    def make_model(self, config):
-        model = ViT(vit_config(config))
-        model.norm = nn.LayerNorm(model.config.dim, eps=1e-6)
-        model.init_weights()
-        return model
 
     def inputs(self, batch, device):
         inputs = super().inputs(batch, device)
@@ -1156,34 +1071,30 @@ class Contrast(Objective):
         x = model.norm(x)
         return x[:, 0] if self.pooling == "cls" else x[:, 1:].mean(dim=1)
 
-    def pooled(self, model, views):
-        """The pooled features of views (B, 3, H, W) of one size, from one pass: a (B, D) of each, as
-        a head's batch norm is to be over one view."""
-        return self.pool(model, model.features(torch.cat(views))).chunk(len(views))
-
     def outputs(self, views):
-        """What the student makes of views."""
-        return [self.model.projector(x) for x in self.pooled(self.model, views)]
+        """What the student makes of views (B, 3, H, W): one pass, but a head's batch norm is over
+        one view."""
+        x = self.pool(self.model, self.model.features(torch.cat(views)))
+        return [self.model.projector(view) for view in x.chunk(len(views))]
 
     def others(self, views):
         """What the student's outputs are compared with: the teacher's, or its own."""
-        if self.teacher is None:
+        if not self.teacher:
             return self.outputs(views)
-        teacher = self.teacher.network
+        network = self.teacher.network
         with torch.no_grad():
-            pooled = self.pooled(teacher, views)
-            return [self.loss.teacher_outputs(teacher.projector, x) for x in pooled]
+            x = self.pool(network, network.features(torch.cat(views)))
+            return [self.loss.teacher_outputs(network.projector, v) for v in x.chunk(len(views))]
 
     def forward(self, inputs, denominators, progress):
         views = inputs["views"]
         student = self.outputs(views)
         if "local_views" in inputs:
             student += self.outputs(inputs["local_views"])
-        if self.teacher is None:
-            pairs = [student]
-        else:
-            pairs = itertools.product(enumerate(student), enumerate(self.others(views)))
-            pairs = [(output, other) for (i, output), (j, other) in pairs if i != j]
+        pairs = [student]  # the two views, without a teacher
+        if self.teacher:
+            others = self.others(views)
+            pairs = [(a, b) for i, a in enumerate(student) for j, b in enumerate(others) if i != j]
         return self.compare(pairs, denominators, progress)
 
     def compare(self, pairs, denominators, progress):
@@ -1197,7 +1108,7 @@ class Contrast(Objective):
 
     def after_step(self, progress):
         self.loss.after_step()
-        if self.teacher is not None:
+        if self.teacher:
             self.teacher.follow(self.model, progress)
 
     def eval_sums(self, inputs, progress):
@@ -1205,8 +1116,8 @@ class Contrast(Objective):
         return {"z": z.sum(dim=0), "z_square": z.square().sum(dim=0)}
 
     def finish(self, sums, denominators):
-        """`feature_std` is the standard deviation of the head's outputs, normalized to length 1,
-        times the root of their number: about 1 if they are spread evenly, 0 if they collapsed."""
+        """The deviation of the head's outputs, normalized to length 1, times the root of their
+        number: about 1 if they are spread evenly, 0 if they collapsed."""
         means = divide(sums, denominators[0])
         variance = means["z_square"] - means["z"] ** 2
         return {"feature_std": np.sqrt(variance.clip(0)).mean() * math.sqrt(len(variance))}
@@ -1214,13 +1125,13 @@ class Contrast(Objective):
     @staticmethod
     def check(config):
         vit_config(config)
-        check_range(config, 0, math.inf, "local_crops", "projector_dim", "mim_weight",
-                    "contrast_weight")
+        check_range(config, 0, math.inf, "local_crops", "projector_dim")
+        check_range(config, 0, math.inf, "mim_weight", "contrast_weight")
         check_range(config, 1, math.inf, "prototypes")
         check_range(config, 0, 1, "teacher_momentum")
         check_range(config, 0.001, math.inf, "teacher_temperature")
-        loss = CONTRASTIVE_LOSSES[config.contrast]
         name = f"--contrast={config.contrast}"
+        loss = CONTRASTIVE_LOSSES[config.contrast]
         if config.local_crops and not loss.sees_local_crops:
             raise BadInput(f"--local_crops={config.local_crops}: {name} has no small views")
         if not config.mim_weight + config.contrast_weight:
@@ -1230,22 +1141,20 @@ class Contrast(Objective):
         need = math.ceil(batch / processes)
         if loss.needs_whole_batch and (config.micro_batch < need or batch < 2 or batch % processes):
             raise BadInput(f"{name}: compares all images of a batch, so gradients cannot "
-                           f"accumulate; give --micro_batch={need} or more, and a --batch_size that "
-                           f"is 2 or more and a multiple of the {processes} processes")
+                           f"accumulate; give --micro_batch={need} or more, and a --batch_size of "
+                           f"2 or more that is a multiple of the {processes} processes")
 
 
 class MIMWithContrast(MaskedImageModeling):
     """The weighted sum of masked image modeling and a contrastive loss, on one network.
 
     In ONE pass, the student's features of the masked image serve both; they are compared with
-    another whole view's. With --local_crops the passes are separate, as in appendix E.
-    """
+    another whole view's. With --local_crops the passes are separate, as in appendix E."""
 
     def __init__(self, config, tokenizer):
         super().__init__(config, tokenizer)
         self.contrast = Contrast(config, model=self.model)
         self.extra_views = self.contrast.extra_views
-        self.one_pass = not config.local_crops
         self.mim_weight = config.mim_weight
 
     def inputs(self, batch, device):
@@ -1255,7 +1164,7 @@ class MIMWithContrast(MaskedImageModeling):
         return [*super().denominators(batch), len(batch["images"])]
 
     def forward(self, inputs, denominators, progress):
-        if self.one_pass:
+        if "local_views" not in inputs:
             features = self.model.masked_features(inputs["images"], inputs["mask"])
             logits = self.model.predict(features, inputs["positions"])
             mim_loss, metrics = self.compare(logits, inputs, denominators)
@@ -1285,17 +1194,30 @@ class MIMWithContrast(MaskedImageModeling):
         Contrast.check(config)
 
 
-
 # ---- tools: targets that are made first, pictures, cached tokens, the plan, speed ----------------
+
+def make_objective(config, device, tokenizer=None):
+    """The objective of --task on the device, with its `tokenizer` or a given one."""
+    objective_class = find_objective(config)
+    spec = objective_class.target(config)
+    if spec in PREREQUISITES:
+        spec = f"{spec}:{config.out}/tokenizer/checkpoint.pt"  # which main makes first
+    if spec and tokenizer is None:
+        tokenizer = local_rank0_first(build_tokenizer, spec, device, config.patch_size)
+        if config.compile:
+            tokenizer.encode = torch.compile(tokenizer.encode)
+            tokenizer.loss = torch.compile(tokenizer.loss, dynamic=True)  # masks differ in size
+    torch.manual_seed(config.seed)
+    return objective_class(config, tokenizer).to(device)
 
 
 def make_prerequisite(config, target):
     """Train a tokenizer into OUT/tokenizer. Returns whether it is done."""
     task, make = PREREQUISITES[target]
-    options = {name: getattr(config, name)
-               for name in marked(Config, "free") | marked(Config, "shared")}
-    options |= dict(task=task, out=f"{config.out}/tokenizer", token_cache="none", bench=False)
-    options |= dict(steps=config.tokenizer_steps, lr=config.tokenizer_lr,
+    names = marked(Config, "free") | marked(Config, "shared")
+    options = {name: getattr(config, name) for name in names}
+    options |= dict(task=task, out=f"{config.out}/tokenizer", token_cache="none", bench=False,
+                    steps=config.tokenizer_steps, lr=config.tokenizer_lr,
                     warmup_steps=config.tokenizer_warmup)
     done = make(Config(**options))
     barrier()  # other machines wait until the first has written it
@@ -1322,45 +1244,41 @@ def fit_pca(config):
     loader = make_loader(dataset, batches, config.num_workers, device)
     moments = 0
     for batch in tqdm(loader, "principal components", disable=no_progress_bar()):
-        inputs = network_inputs(batch, device, config.norm)
-        moments = moments + pca.moments(inputs["token_images"])
+        moments += pca.moments(network_inputs(batch, device, config.norm)["token_images"])
     pca.fit(torch.tensor(all_reduce_sum(*moments.tolist()), dtype=torch.float64))
 
-    explained = (100 * pca.variances.cumsum(0) / pca.variances.sum()).tolist()
-    counts = sorted({math.ceil(config.components / 4**n) for n in range(4)})
-    for n in counts:
-        log(f"{n} of {len(explained)} components hold {explained[n - 1]:.2f}% of the variance of a "
-            "patch")
+    shares = (pca.variances.cumsum(0) / pca.variances.sum()).tolist()
     save_checkpoint(config, pca, step=0)
+    batch = sample_batch(Views(val_images, config, config.image_size, train=False), 8)
+    images = network_inputs(batch, torch.device("cpu"), config.norm)["token_images"]
+    columns = {"image": images}
+    for n in sorted({math.ceil(config.components / 4**k) for k in range(4)}):
+        log(f"{n} of {len(shares)} components hold {shares[n - 1]:.2%} of the variance of a patch")
+        columns[f"{n} components"] = pca.decode(pca.encode(images)[..., :n])
     if rank() == 0:
-        batch = sample_batch(Views(val_images, config, config.image_size, train=False), 8)
-        images = network_inputs(batch, torch.device("cpu"), config.norm)["token_images"]
-        values = pca.encode(images)
-        columns = {f"{n} components": pca.decode(values[..., :n]) for n in counts}
-        save_columns(f"{config.out}/reconstruction.png", {"image": images, **columns})
+        save_columns(f"{config.out}/reconstruction.png", columns)
     return True
 
 
 def reconstruct(config):
     """OUT/reconstruction_NAME.png for a picture, or some of a folder or data set, at its own
     aspect: what the BEiT in --weights, a checkpoint.pt of this script, fills in."""
-    checkpoint = read_checkpoint(config.weights)
-    options = checkpoint.get("config", {}) if isinstance(checkpoint, dict) else {}
+    options = read_network(config.weights)[2].get("config", {})
     if options.get("task") != "mim" or not options.get("mim_weight"):
         raise BadInput(f"--weights={config.weights}: no checkpoint.pt of masked image modeling")
     device, dtype = setup_device(config)
-    kept = marked(Config, "free") | {"weights", "contrast", "mim_weight", "local_crops"}
-    taken = {name: value for name, value in options.items() if name not in kept}
-    # its tokenizer lies beside it, if the run trained it first
-    trained = replace(config, **taken, out=os.path.dirname(config.weights))
+    own = {"task", "weights", "seed", "contrast", "mim_weight", "local_crops"}
+    config = as_trained(config, *sorted(options.keys() - own - marked(Config, "free")))
+    # the run's tokenizer lies beside it, if it was trained first
+    trained = replace(config, task="mim", out=os.path.dirname(config.weights))
     objective = make_objective(trained, device).eval()
-    patch_sizes = {"images": trained.patch_size, "token_images": objective.tokenizer.downsample}
-    images = open_pictures(config.data, trained.image_size)
+    patch_sizes = {"images": config.patch_size, "token_images": objective.tokenizer.downsample}
+    images = open_pictures(config.data, config.image_size)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
-        height, width = patch_grid(picture.shape[1:], trained.image_size, trained.patch_size)
+        height, width = patch_grid(picture.shape[1:], config.image_size, config.patch_size)
         rng = np.random.default_rng([config.seed, index])
-        mask = draw_mask(trained.mask, trained, rng, 1.0, (height, width))
+        mask = draw_mask(config.mask, config, rng, 1.0, (height, width))
         batch = dict.fromkeys(("mask", "predict"), torch.from_numpy(mask)[None])
         for name, patch in patch_sizes.items():
             sides = [height * patch, width * patch]
@@ -1372,94 +1290,72 @@ def reconstruct(config):
         log("wrote", path)
 
 
-def token_cache_key(config, images, tokenizer):
-    """What cached tokens depend on: the images, their views and the tokenizer."""
+def open_tokens(folder, config, images, tokenizer, mode):
+    """(tokens (epochs, images, h, w), a dict: what they depend on, how many epochs are "done") in a
+    folder, to read (mode "r") or to make and write them ("r+"). Raises BadInput if they depend on
+    something else, or are to be read and not done."""
+    check_range(config, 1, math.inf, "cache_epochs")
     digest = hashlib.sha256()
     for value in tokenizer.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     names = ("seed", "image_size", "patch_size", "crop_min", "jitter", "cache_epochs")
     key = {name: getattr(config, name) for name in names}
-    return {**key, "images": images.fingerprint(), "tokenizer": digest.hexdigest()[:8]}
-
-
-def check_token_cache(folder, key):
-    """How many epochs of the tokens in a folder are done. Raises BadInput if they have another key."""
-    if not os.path.exists(f"{folder}/tokens.json"):
-        raise BadInput(f"--token_cache={folder}: holds no tokens.json; --task=tokens writes it, with "
-                       "the options of this run")
-    with open(f"{folder}/tokens.json") as file:
+    key |= {"images": images.fingerprint(), "tokenizer": digest.hexdigest()[:8]}
+    path = f"{folder}/tokens.json"
+    if mode == "r+" and rank() == 0 and not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        grid = config.image_size // config.patch_size
+        shape = (config.cache_epochs, len(images), grid, grid)
+        np.lib.format.open_memmap(f"{folder}/tokens.npy", "w+", np.uint16, shape)
+        write_json(path, {**key, "done": 0})
+    barrier()
+    if not os.path.exists(path):
+        raise BadInput(f"--token_cache={folder}: holds no tokens.json; --task=tokens writes it")
+    with open(path) as file:
         there = json.load(file)
     for name, value in key.items():
         if there.get(name) != value:
             raise BadInput(f"{folder}: tokens of another run: {name} is {there.get(name)} there, "
                            f"{value} here")
-    return there["done"]
-
-
-def cached_tokens(config, images, tokenizer):
-    """The tokens (epochs, images, h, w) in --token_cache, of the views of all training images in
-    --cache_epochs epochs; None without a cache."""
-    if config.token_cache == "none" or tokenizer is None:
-        return None
-    check_range(config, 1, math.inf, "cache_epochs")
-    done = check_token_cache(config.token_cache, token_cache_key(config, images, tokenizer))
-    if done < config.cache_epochs:
-        raise BadInput(f"--token_cache={config.token_cache}: {done} of {config.cache_epochs} epochs "
+    if mode == "r" and there["done"] < config.cache_epochs:
+        raise BadInput(f"--token_cache={folder}: {there['done']} of {config.cache_epochs} epochs "
                        "are done; run its --task=tokens again")
-    return np.load(f"{config.token_cache}/tokens.npy", mmap_mode="r")
+    return np.load(f"{folder}/tokens.npy", mmap_mode=mode), there
 
 
 @torch.no_grad()
 def write_tokens(config):
-    """--task=tokens: write OUT/tokens.npy, (epochs, images, h, w) uint16, for --cache_epochs epochs,
-    from the first one that is not done yet. Its processes are to run on one machine."""
+    """--task=tokens: write OUT/tokens.npy, (epochs, images, h, w) uint16, of --cache_epochs epochs,
+    from the first that is not done. Its processes are to run on one machine."""
     config = replace(config, task="mim")
-    check_range(config, 1, math.inf, "cache_epochs")
     if config.tokenizer in PREREQUISITES:
         raise BadInput(f"--task=tokens: give a trained tokenizer, {config.tokenizer}:FILE")
     device, _ = setup_device(config)
     images = local_rank0_first(open_images, config.data, config.image_size, config.val_images)[0]
     objective = make_objective(config, device)
-    if not hasattr(objective.tokenizer, "vocab_size"):
+    tokenizer = objective.tokenizer
+    if not hasattr(tokenizer, "vocab_size"):
         raise BadInput(f"--task=tokens: --tokenizer={config.tokenizer} has no tokens")
-    key = token_cache_key(config, images, objective.tokenizer)
-
-    def note(done):
-        """Write tokens.json from the first process, while the others wait."""
-        if rank() == 0:
-            with write_atomically(f"{config.out}/tokens.json") as file:
-                file.write(json.dumps({**key, "done": done}).encode())
-        barrier()
-
-    if not os.path.exists(f"{config.out}/tokens.json"):
-        barrier()  # all have looked
-        if rank() == 0:
-            os.makedirs(config.out, exist_ok=True)
-            grid = objective.model.config.grid
-            shape = (config.cache_epochs, len(images), grid, grid)
-            np.lib.format.open_memmap(f"{config.out}/tokens.npy", "w+", np.uint16, shape)
-        note(0)
-    done = check_token_cache(config.out, key)
-    tokens = np.load(f"{config.out}/tokens.npy", mmap_mode="r+")
+    tokens, about = open_tokens(config.out, config, images, tokenizer, "r+")
     dataset = Views(images, config, objective.token_size, train=True)
-    for epoch in range(done, config.cache_epochs):
+    for epoch in range(about["done"], config.cache_epochs):
         keys = batches_of_all(len(images), config.micro_batch, epoch)
         loader = make_loader(dataset, keys, config.num_workers, device)
         bar = tqdm(loader, f"tokens of epoch {epoch}", len(keys), disable=no_progress_bar())
         for batch_keys, batch in zip(keys, bar, strict=True):
-            inputs = objective.inputs(batch, device)
-            found = objective.tokenizer.encode(inputs["token_images"])
+            found = tokenizer.encode(objective.inputs(batch, device)["token_images"])
             tokens[epoch, [index for _, index, _ in batch_keys]] = found.cpu().numpy()
         tokens.flush()
-        barrier()
-        note(epoch + 1)
+        barrier()  # all have written theirs
+        if rank() == 0:
+            write_json(f"{config.out}/tokens.json", {**about, "done": epoch + 1})
     log(f"wrote {config.out}/tokens.npy")
 
 
-def seconds_of(statement, names, threads=None):
-    """The mean time of a statement in four runs, after two that warm up."""
+def seconds_of(call, *arguments, threads=None):
+    """The mean time of a call in four, after two that warm up."""
     threads = threads or torch.get_num_threads()
-    return Timer(statement, globals=names, num_threads=threads).timeit(4).mean
+    return Timer("call(*arguments)", globals=locals(), num_threads=threads).timeit(4).mean
 
 
 def flops_of(call, *arguments):
@@ -1485,109 +1381,106 @@ def plan(config):
     micro_batch = min(local_batch, config.micro_batch)
     trial = micro_batch if device.type == "cuda" else 2  # images to measure with
     images = DATASETS["shapes"](True, config.image_size, "").subset(range(trial))
-    dataset = Views(images, config, objective.token_size, True, objective.mask,
-                    objective.extra_views)
-    batch = sample_batch(dataset, trial)
-    kept = {}
+    batch = sample_batch(Views(images, config, objective.token_size, True, objective.mask,
+                               objective.extra_views), trial)
+    half = trial // 2 or 1
+    few = micro_batches(batch, half)[0]
+    kept = {}  # by the forward pass for the backward pass: address and bytes
 
     def keep(tensor):
-        """Note what the forward pass keeps for the backward pass: address and bytes."""
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def step(images):
+    def step(batch):
         """Forward and backward; returns the bytes that were kept between them."""
         kept.clear()
-        part = micro_batches(batch, images)[0]
-        inputs = objective.inputs(part, device)
+        inputs = objective.inputs(batch, device)
         with autocast(device, dtype), saved_tensors_hooks(keep, torch.Tensor.detach):
-            loss, _ = objective(inputs, objective.denominators(part), 1.0)
+            loss, _ = objective(inputs, objective.denominators(batch), 1.0)
         loss.backward()
         return sum(kept.values())
 
-    half = trial // 2 or 1
-    activations = (step(trial) - step(half)) / (trial - half or 1)  # the rest is weights
-    flops = flops_of(step, half) / half
+    activations = (step(batch) - step(few)) / (trial - half or 1)  # the rest is weights
+    flops = flops_of(step, few) / half
     cache = "none: its targets are no tokens"
     if hasattr(tokenizer, "vocab_size"):
-        few = objective.inputs(micro_batches(batch, half)[0], device)["token_images"]
-        share = flops_of(tokenizer.encode, few) / half / flops
+        token_images = objective.inputs(few, device)["token_images"]
+        share = flops_of(tokenizer.encode, token_images) / half / flops
         cache = (f"{2 * count * objective.model.config.grid**2 / 1e9:,.3f} GB per epoch; saves "
                  f"{share:.0%} of the compute from the second run on, or with fewer --cache_epochs")
-    speed = config.images_per_s or trial / seconds_of("step(trial)", locals())
+    speed = config.images_per_s or trial / seconds_of(step, batch)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     # gradient and AdamW's two moments besides the weight; a teacher and a tokenizer have only that
     weights = 12 * trained + 4 * sum(p.numel() for p in objective.parameters())
     days = steps * config.batch_size / (speed * processes) / 86_400
-    log(f"""images      {count:,} in {config.data}
-steps       {steps:,} of {config.batch_size:,} images, {steps_per_epoch:,} per epoch, \
-{warmup:,} of warm-up
-each step   {processes} processes x {math.ceil(local_batch / micro_batch)} micro-batches x \
-{micro_batch} images
-parameters  {trained:,}
-compute     {flops / 1e9:,.1f} GFLOP per image with its tokens and the backward pass, \
-{flops * config.batch_size / 1e12:,.1f} TFLOP per step
-memory      {(weights + micro_batch * activations) / 2**30:,.1f} GiB per process: \
-{weights / 2**30:,.1f} of weights, gradients and AdamW, \
-{activations / 2**20:,.0f} MiB per image of activations in {dtype}
-token cache {cache}
-speed       {speed:,.1f} images/s per process, {"given" if config.images_per_s else "measured now"}
-time        {days:,.2f} days on {processes} processes""")
+    log(f"images      {count:,} in {config.data}")
+    log(f"steps       {steps:,} of {config.batch_size:,} images, {steps_per_epoch:,} per epoch, "
+        f"{warmup:,} of warm-up")
+    log(f"each step   {processes} processes x {math.ceil(local_batch / micro_batch)} micro-batches "
+        f"x {micro_batch} images")
+    log(f"parameters  {trained:,}")
+    log(f"compute     {flops / 1e9:,.1f} GFLOP per image with its tokens and the backward pass, "
+        f"{flops * config.batch_size / 1e12:,.1f} TFLOP per step")
+    log(f"memory      {(weights + micro_batch * activations) / 2**30:,.1f} GiB per process: "
+        f"{weights / 2**30:,.1f} of weights, gradients and AdamW, "
+        f"{activations / 2**20:,.0f} MiB per image of activations in {dtype}")
+    log("token cache", cache)
+    source = "given" if config.images_per_s else "measured now"
+    log(f"speed       {speed:,.1f} images/s per process, {source}")
+    log(f"time        {days:,.2f} days on {processes} processes")
 
 
 def bench(objective, parallel, optimizer, dataset, config, device, dtype):
     """--bench, in `fit`: print what one process does per second, loading images, making tokens,
     learning from them and all of it, as a table and, in the last line, as JSON."""
-    steps = run_length(config, len(dataset))[0]
     size = min(config.micro_batch, config.batch_size // world_size())
-    count = min(10, len(dataset) // (size * world_size()))
-    batches = [*batches_of_steps(0, count, len(dataset), size * world_size(), config.seed)]
-    keys = itertools.cycle(itertools.chain(*batches))
-    loader = iter(make_loader(dataset, itertools.cycle(batches), config.num_workers, device))
+    batches = batches_of_steps(0, 100, len(dataset), size * world_size(), config.seed)
+    loader = iter(make_loader(dataset, batches, config.num_workers, device))
+    indices = itertools.cycle(range(len(dataset)))
     batch = next(loader)
     has_tokenizer = objective.tokenizer is not None and "tokens" not in batch
 
+    def load():
+        return dataset[0, next(indices), 0.0]
+
     def encode(batch):
-        """The network's inputs, and their tokens."""
         inputs = objective.inputs(batch, device)
         if has_tokenizer:
             with autocast(device, dtype):
                 inputs["tokens"] = objective.tokenizer.encode(inputs["token_images"])
         return inputs
 
-    def step(inputs, denominators):
+    def learn(inputs, denominators):
         with autocast(device, dtype):
             loss, _ = parallel(inputs, denominators, 1.0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def step():
+        batch = next(loader)
+        learn(objective.inputs(batch, device), objective.denominators(batch))
+
     few = micro_batches(batch, 2)[0]
-    flops = flops_of(step, encode(few), objective.denominators(few)) / len(few["images"])
-    inputs, denominators = encode(batch), objective.denominators(batch)
-    side = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    names = globals() | locals()
-    load = seconds_of("dataset[next(keys)]", names, threads=1)  # as in a loader's process
-    tokenize = seconds_of("encode(batch)", names) if has_tokenizer else None
-    learn = seconds_of("step(inputs, denominators)", names)
-    whole = seconds_of("b = next(loader); "
-                       "step(objective.inputs(b, device), objective.denominators(b))", names)
+    flops = flops_of(learn, encode(few), objective.denominators(few)) / len(few["images"])
+    learning = seconds_of(learn, encode(batch), objective.denominators(batch))
+    rates = {
+        "load_images_per_s_per_core": 1 / seconds_of(load, threads=1),  # as in a loader's process
+        "tokenizer_images_per_s": size / seconds_of(encode, batch) if has_tokenizer else None,
+        "model_images_per_s": size / learning,
+        "step_images_per_s": size / seconds_of(step),
+    }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
-    most = 2 * side**3 / seconds_of("matrix @ matrix", names)
-    rates = {
-        "load_images_per_s_per_core": 1 / load,
-        "tokenizer_images_per_s": tokenize and size / tokenize,
-        "model_images_per_s": size / learn,
-        "step_images_per_s": size / whole,
-        "peak_memory_gb": peak / 1e9,
-        "utilisation": flops * size / learn / most,
-    }
-    days = steps * config.batch_size / (size / whole * world_size()) / 86_400
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    most = 2 * side**3 / seconds_of(torch.matmul, matrix, matrix)
+    rates |= {"peak_memory_gb": peak / 1e9, "utilisation": flops * size / learning / most}
     for name, value in rates.items():
         log(f"{name:27}{'none' if value is None else format(value, '.4g')}")
+    steps = run_length(config, len(dataset))[0]
+    days = steps * config.batch_size / (rates["step_images_per_s"] * world_size()) / 86_400
     log(f"{size} images a step of {flops / 1e9:.1f} GFLOP each; a matrix product does "
         f"{most / 1e12:.3g} TFLOP/s; the run takes {days:.3g} days on {world_size()} processes")
     log(json.dumps(rates))

@@ -17,7 +17,7 @@ A target is a class with one line in TOKENIZERS, at the end of the file. It has
     decode(targets)       optional: the inverse, to images (B, 3, H, W), for pictures
     needs_file            whether a file must follow its name in --tokenizer, as in dvae:FILE
     load(argument, device, patch_size)
-                          class method: the target from what follows "name:" in --tokenizer, maybe ""
+                          class method: the target from what follows "name:" in --tokenizer, or ""
     untrained(**options)  class method: with random weights, to train or to measure with
 
 and the loss and the trivial baselines, from `DiscreteTarget` or `ContinuousTarget`. A target
@@ -62,6 +62,10 @@ class Target(nn.Module):
     """What all targets share: here a target without weights."""
 
     needs_file = False
+
+    def train(self, mode=True):
+        """Never in training mode, as targets are frozen; our own dVAE has no layer that cares."""
+        return super().train(False)
 
     @classmethod
     def load(cls, argument, device, patch_size):
@@ -128,7 +132,6 @@ class ContinuousTarget(Target):
 
 # ---- DALL-E's dVAE -------------------------------------------------------------------------------
 
-
 class DalleTokenizer(DiscreteTarget):
     """DALL-E's dVAE from the `dall-e` package: 8192 tokens, one for 8x8 pixels (sec. 2.4)."""
 
@@ -161,7 +164,7 @@ class DalleTokenizer(DiscreteTarget):
         from dall_e import map_pixels
 
         with torch.autocast(images.device.type, enabled=False):  # it casts its own convolutions
-            # 0.8 x + 0.1 and no other normalisation: its likelihood needs pixels inside (0, 1)
+            # 0.8 x + 0.1 and no other normalization: its likelihood needs pixels inside (0, 1)
             return self.encoder(map_pixels(images.float())).argmax(dim=1)
 
     @torch.no_grad()
@@ -183,22 +186,17 @@ def dalle_file(folder, name):
             torch.hub.download_url_to_file(DALLE_URL + name, path)
         except OSError as error:
             raise BadInput(f"{DALLE_URL}{name}: download failed ({error}); fetch encoder.pkl and "
-                           "decoder.pkl on another machine and give their folder as "
-                           "--tokenizer=dalle:DIR") from error
+                           "decoder.pkl elsewhere and give --tokenizer=dalle:DIR") from error
     if not os.path.exists(path):
-        raise BadInput(f"{path}: no such file; "
-                       f"--tokenizer=dalle:DIR needs DALL-E's {name} in DIR")
+        raise BadInput(f"{path}: no such file; --tokenizer=dalle:DIR needs DALL-E's {name} in DIR")
     return path
 
 
 def read_dalle_pickle(path, module):
-    """Copy the weights of an official pickle into `module`, a fresh dall_e.Encoder or Decoder.
-
-    The file is a pickle of whole modules. It is read by torch's restricted unpickler with only the
-    classes allowed that such a module consists of, so a doctored file cannot run code. Only its
-    weights are used: the old module objects lack attributes that today's torch reads
-    (nn.Upsample's, in the decoder).
-    """
+    """Copy the weights of an official pickle into `module`, a fresh dall_e.Encoder or Decoder. The
+    file is a pickle of whole modules. It is read by torch's restricted unpickler, which knows only
+    the classes in such a module, so a doctored file cannot run code. Only its weights are used: the
+    old modules lack attributes that today's torch reads (nn.Upsample's, in the decoder)."""
     from dall_e import decoder, encoder, utils
 
     allowed = [encoder.Encoder, encoder.EncoderBlock, decoder.Decoder, decoder.DecoderBlock,
@@ -214,7 +212,6 @@ def read_dalle_pickle(path, module):
 
 
 # ---- our own dVAE --------------------------------------------------------------------------------
-
 
 @dataclass
 class DVAEConfig:
@@ -238,13 +235,10 @@ class ResidualBlock(nn.Module):
 
 
 class DVAE(DiscreteTarget):
-    """A discrete variational autoencoder: image -> a distribution over tokens at each place ->
-    image.
-
+    """A discrete variational autoencoder: image -> a distribution over tokens per place -> image.
     Training relaxes the choice of a token to a Gumbel-softmax (arXiv 1611.01144), whose temperature
     falls until it is nearly a choice, and pulls the distributions to the uniform prior (DALL-E,
-    arXiv 2102.12092).
-    """
+    arXiv 2102.12092)."""
 
     needs_file = True
 
@@ -291,15 +285,13 @@ class DVAE(DiscreteTarget):
 
     def training_loss(self, images, temperature, kl_weight):
         """Images (B, 3, H, W) in [0, 1] -> (loss, metrics): the squared error of the relaxed
-        reconstruction, in units of normalised RGB ([-1, 1]), plus kl_weight * KL(q || uniform)
-        per token."""
+        reconstruction, in RGB from -1 to 1, plus kl_weight * KL(q || uniform) per token."""
         logits = self.logits(images).float()
         log_q = logits.log_softmax(dim=1)
         noise = -torch.log(-torch.log(torch.rand_like(logits).clamp_min(1e-20)))  # Gumbel(0, 1)
         soft = ((logits + noise) / temperature).softmax(dim=1)  # (B, vocab, h, w)
         codes = torch.einsum("bvhw,vd->bdhw", soft, self.codebook.weight)
-        output, target = self.decoder(codes).float(), images * 2 - 1
-        error = F.mse_loss(output, target)
+        error = F.mse_loss(self.decoder(codes).float(), images * 2 - 1)
         kl = (log_q.exp() * log_q).sum(dim=1).mean() + math.log(self.vocab_size)
         return error + kl_weight * kl, {"error": error.detach(), "kl": kl.detach()}
 
@@ -314,8 +306,6 @@ def read_own(path, network, config, task):
     """The network in a checkpoint.pt of pretrain.py."""
     checkpoint = read_checkpoint(path)
     try:
-        if not isinstance(checkpoint, dict):
-            raise TypeError(f"holds a {type(checkpoint).__name__}")
         made = network(config(**checkpoint["arch"]))
         made.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
@@ -349,7 +339,7 @@ class VQGANBlock(nn.Module):
 
 
 class VQGANAttention(nn.Module):
-    """Self-attention of one head over all places of a feature map."""
+    """Self-attention of one head over all places of a feature map (B, channels, h, w)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -404,8 +394,7 @@ class VQGANLevel(nn.Module):
 def vqgan_middle(channels):
     first = VQGANBlock(channels, channels)
     last = VQGANBlock(channels, channels)
-    parts = OrderedDict(block_1=first, attn_1=VQGANAttention(channels), block_2=last)
-    return nn.Sequential(parts)
+    return nn.Sequential(OrderedDict(block_1=first, attn_1=VQGANAttention(channels), block_2=last))
 
 
 class VQGANEncoder(nn.Module):
@@ -469,8 +458,8 @@ class VQGAN(DiscreteTarget):
             vqgan = cls(len(state["quantize.embedding.weight"]))
             vqgan.load_state_dict({k: v for k, v in state.items() if not k.startswith("loss.")})
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            message = f"no checkpoint of taming-transformers' f=16 VQ-GAN ({short_message(error)})"
-            raise BadInput(f"{path}: {message}; give its last.ckpt") from error
+            raise BadInput(f"{path}: no checkpoint of taming-transformers' f=16 VQ-GAN "
+                           f"({short_message(error)}); give its last.ckpt") from error
         return vqgan
 
     @classmethod
@@ -494,7 +483,6 @@ class VQGAN(DiscreteTarget):
 
 
 # ---- targets without a tokenizer -----------------------------------------------------------------
-
 
 def patches_of(images, size):
     """(B, 3, H, W) -> (B, H / size, W / size, 3 * size * size)."""
@@ -529,8 +517,7 @@ class Pixels(ContinuousTarget):
         return F.layer_norm(values, values.shape[3:], eps=1e-6) if self.norm else values
 
     def decode(self, values):
-        """With `norm` all patches are gray on average and have the same contrast, because the
-        target does not hold their own."""
+        """With `norm` all patches are gray on average and of the same contrast."""
         return (images_of(values.float(), self.downsample) / 4 + 0.5).clamp(0, 1)
 
 
@@ -589,7 +576,7 @@ class PCA(ContinuousTarget):
 
     @property
     def deviations(self):
-        """(k,); a component that does not vary counts for nothing, and its noise is not amplified."""
+        """(k,); a component that does not vary counts for nothing: its noise is not amplified."""
         return self.variances[: len(self.components)].sqrt().clamp(min=1e-4)
 
     def encode(self, images):
