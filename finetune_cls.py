@@ -1,16 +1,14 @@
 """Fine-tune BEiT on image classification (arXiv 2106.08254, sections 2.6 and 3.1), and probe it.
 
-No arguments is the recipe of table 13: ViT-B from out/run/checkpoint.pt, 100 epochs of ImageNet-1k
-at 224 px, batch 1024. The paper reports 83.2% top-1 for it, and 81.8% for DeiT-B from scratch;
-neither has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/, or CLASS/, of
-which a tenth is held out. On 8 GPUs; in minutes on two CPU cores, after `python pretrain.py
---preset=shapes --steps=1200`; for any folder of images:
+Without arguments it runs table 13: ViT-B from out/run/checkpoint.pt, 100 epochs of ImageNet-1k at
+224 px, batch 1024. The paper reports 83.2% top-1 for it, and 81.8% for DeiT-B from scratch; neither
+has been measured with this code. `--data` holds train/CLASS/ and val/CLASS/, or CLASS/, of which a
+tenth is held out.
     torchrun --nproc_per_node=8 finetune_cls.py --data=/path/to/imagenet --out=out/imagenet
-    python finetune_cls.py --preset=shapes
+    python finetune_cls.py --preset=shapes  # minutes, after `pretrain.py --preset=shapes`
     python finetune_cls.py --task=predict --weights=out/imagenet/checkpoint.pt --data=photos
-Other tasks: eval (and what is confused), probe (linear classifiers of frozen layers, appendix D),
-knn (nearest neighbours), attention (what the last block looks at, section 3.4), curves (accuracy
-against epochs). `--help` lists every option. A command that was killed goes on when run again.
+README has the other tasks: eval, probe and knn (appendix D), attention (section 3.4) and curves.
+`--help` lists every option. A killed run resumes when its command is run again.
 
 Read from the top: options, the objective, evaluation, main; that is all of fine-tuning. Images, and
 what looks at a trained network, follow. The loop and all that it calls are pretrain.py's.
@@ -63,7 +61,7 @@ class Config(RunConfig):
     lr: float = 4e-3  # peak for the head, less below it (layer_decay); the paper tries 2e-3 to 5e-3
     min_lr: float = 1e-6  # where the schedule ends
     warmup_epochs: float = 20  # linear warm-up; without it the new head would upset the backbone
-    layer_decay: float = 0.65  # a layer's lr over the lr of the layer above; 1: no decay
+    layer_decay: float = 0.65  # ratio of a layer's lr to the lr of the layer above; 1: no decay
     clip_grad: float = 0.0  # largest gradient norm, 0 for none, as in table 13
     eval_every: Free[int] = 1251  # steps between evaluations, here an epoch; 0 for one at the end
     task: str = "train"  # see the top of the file
@@ -185,7 +183,7 @@ class Classification(Objective):
     @staticmethod
     def describe(images):
         """A line on the labels of held-out images: the accuracy of always naming one class."""
-        counts = np.bincount([int(images.read_label(key)) for key in images.keys])
+        counts = np.bincount([Classification.label(images.read_label(key)) for key in images.keys])
         return (f"{len(images.classes)} classes, {100 * counts.max() / counts.sum():.1f}% of the "
                 "held-out images in the most frequent one")
 
@@ -298,7 +296,7 @@ class LabelledViews(Dataset):
     labels   what `label` makes of its label; -1 where there are no labels
     skipped  whether it shows the next image because this one is unreadable"""
 
-    def __init__(self, images, config, train, label=int):
+    def __init__(self, images, config, train, label=Classification.label):
         self.images = images
         self.config = config
         self.label = label

@@ -1,15 +1,14 @@
 """Fine-tune BEiT on semantic segmentation with SETR-PUP (arXiv 2106.08254, section 3.2, table 14).
 
-No arguments is the paper's recipe: ViT-B from out/run/checkpoint.pt, 160,000 steps of 16 crops of
+Without arguments it runs table 14: ViT-B from out/run/checkpoint.pt, 160,000 steps of 16 crops of
 512 px of ADE20K. The paper reports 45.6 mIoU for it, 47.7 with intermediate fine-tuning; neither
 has been measured with this code. `--data` holds images/{training,validation} and
-annotations/{training,validation}. On 8 GPUs; in minutes on two CPU cores, after `python pretrain.py
---preset=shapes`; evaluated at several scales; for any folder of images:
+annotations/{training,validation}.
     torchrun --nproc_per_node=8 finetune_seg.py --data=/path/to/ADEChallengeData2016
-    python finetune_seg.py --preset=shapes
+    python finetune_seg.py --preset=shapes  # minutes, after `pretrain.py --preset=shapes`
     python finetune_seg.py --task=eval --weights=out/ade20k/checkpoint.pt --scales=0.75,1 --flip
     python finetune_seg.py --task=predict --weights=out/ade20k/checkpoint.pt --data=photos
-`--help` lists every option. Run a command again after it was killed, and it goes on where it was.
+`--help` lists every option. A killed run resumes when its command is run again.
 
 Read from the top: options, the objective, main. Windows, label maps and pictures follow. The loop
 and all that it calls are pretrain.py's.
@@ -67,8 +66,8 @@ class Config(RunConfig):
     task: str = "train"  # see the top of the file
     num_classes: int = 150  # classes to tell apart; labels run from 1 to this (ignore_zero)
     ignore_zero: bool = True  # label 0 is "other" and ignored; false: it is the first class
-    label_values: str = ""  # numbers of the classes in the label maps, such as 0,255; else as above
-    layer_decay: float = 0.65  # a layer's lr over that of the layer above; 1 disables the decay
+    label_values: str = ""  # numbers of the classes in the label maps, such as 0,255; or ignore_zero
+    layer_decay: float = 0.65  # ratio of a layer's lr to the lr of the layer above; 1: no decay
     aux_weight: float = 0.4  # of each auxiliary head's loss (SETR); 0 leaves them untrained
     scale_min: float = 0.5  # least factor that a training image is resized by before its crop
     scale_max: float = 2.0  # largest such factor; nearer to 1 where objects keep their size
@@ -100,7 +99,7 @@ class Segmentation(Objective):
     """Cross entropy of SETR-PUP's head and auxiliary heads, a mean over the pixels of the global
     batch that are not ignored. With `trained` the weights have heads, to be evaluated."""
 
-    picture = "predictions.png"
+    picture_file = "predictions.png"
     one_by_one = True
 
     def __init__(self, config, trained=False):

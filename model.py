@@ -847,7 +847,7 @@ def load_weights(model, path, head=False):
         state |= dict.fromkeys(own, state.pop(f"rel_pos_bias.{table}"))
     if model.config.position == "shared_relative" and config.position == "relative":
         state[f"rel_pos_bias.{table}"] = torch.stack([state.pop(name) for name in own]).mean(dim=0)
-    optional_names = HEAD_NAMES[2:] if head else HEAD_NAMES
+    optional_names = OTHER_HEADS if head else HEAD_NAMES
     loaded = {}
     for name, tensor in target.items():
         value = state.get(name)
@@ -874,8 +874,8 @@ def load_weights(model, path, head=False):
 
 
 # The beginnings of names that a network may lack or leave out
-HEAD_NAMES = ("head.", "fc_norm.", "norm.", "lm_head.", "mask_token", "probes.", "aux_heads.",
-              "projector.")
+OTHER_HEADS = ("norm.", "lm_head.", "mask_token", "probes.", "aux_heads.", "projector.")
+HEAD_NAMES = ("head.", "fc_norm.", *OTHER_HEADS)
 
 
 def resize_positions(value, height, width, mode):

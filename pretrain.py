@@ -1,17 +1,16 @@
 """Pre-train BEiT (arXiv 2106.08254): mask blocks of image patches, predict their visual tokens.
 
-No arguments is the paper's recipe (table 12): ViT-B, 800 epochs of ImageNet-1k, batch 2048,
-DALL-E's tokens. The paper gives about five days on 16 V100s for its 500,000 steps, and 83.2% top-1
-after fine-tuning; neither has been measured with this code. On 8 GPUs, or in minutes on two CPU
-cores, on images that the script draws itself:
+Without arguments it runs the paper's recipe (table 12): ViT-B, 800 epochs of ImageNet-1k, batch
+2048, DALL-E's tokens. The paper gives about five days on 16 V100s for its 500,000 steps, and 83.2%
+top-1 after fine-tuning; neither has been measured with this code.
     torchrun --nproc_per_node=8 pretrain.py --data=/path/to/imagenet --out=out/beit_base
-    python pretrain.py --preset=shapes
+    python pretrain.py --preset=shapes  # minutes on two CPU cores, with images that it draws itself
 `--dry_run` prints the plan of a run (compute, memory, days) without data or GPU, `--bench` measures
-its speed, `--help` lists every option. Run a command again after it was killed: it goes on there.
+its speed, `--help` lists every option. A killed run resumes when its command is run again.
 
-Read from the top: options, the objective, the loop of all three scripts, evaluation, main; that is
-all of BEiT's pre-training. What the loop calls follows, then other objectives, then tools.
-Data flows masking.py (views and mask) -> tokenizer.py (targets) -> model.py (predictions) -> here.
+Read from the top: options, the objective, the loop (`fit`, also of finetune_cls.py and
+finetune_seg.py), evaluation, main. Helpers of the loop follow, then other objectives, then tools.
+Data flow: masking.py (views, mask) -> tokenizer.py (targets) -> model.py (logits) -> the loss here.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import copy
 import difflib
 import hashlib
 import inspect
-import itertools
+
 import json
 import math
 import multiprocessing
@@ -65,9 +64,10 @@ from model import (
 from tokenizer import TOKENIZERS, build_tokenizer
 
 # ---- options -------------------------------------------------------------------------------------
-# The comment behind a field is its text in --help: why this value, or what goes wrong with another.
-# A Free option may change when a run is resumed, as it does not change what is learned. A tokenizer
-# that is trained first takes the Free and the Shared options over.
+# The comment after a field is its text in --help: why this value, or what goes wrong with another.
+# Free[int] is an int that may change when a run is resumed: it does not change what is learned, but
+# micro_batch changes the noise and batch norm. If a tokenizer is trained first, as --tokenizer=dvae
+# does, its run gets the Free and the Shared options.
 T = TypeVar("T")
 Free = Annotated[T, "free"]
 Shared = Annotated[T, "shared"]
@@ -75,7 +75,7 @@ Shared = Annotated[T, "shared"]
 
 @dataclass
 class RunConfig:
-    """What the three scripts share."""
+    """Options of all three scripts."""
 
     data: Free[str] = "imagenet"  # folder of images, searched recursively; no labels needed
     out: Free[str] = "out/run"  # a folder per run: checkpoint.pt, metrics.jsonl, pictures
@@ -83,7 +83,7 @@ class RunConfig:
     size: str = "base"  # the paper has base and large (--preset=large); nano is for the demos
     variant: str = "paper"  # paper: as in its tables; released: as in the authors' checkpoints
     image_size: Shared[int] = 224  # pixels per side, a multiple of patch_size; twice costs 4 times
-    patch_size: Shared[int] = 16  # pixels per side; half costs four times the compute
+    patch_size: Shared[int] = 16  # pixels per side; half costs 4x the compute
     epochs: float = 800  # passes over the data; 300 cost 0.3 points of ImageNet top-1 (table 4)
     steps: int = 0  # length of the run in steps; overrides --epochs unless 0
     batch_size: Shared[int] = 2048  # images per step over ALL processes; for 512 halve the lr
@@ -94,23 +94,23 @@ class RunConfig:
     min_lr: float = 1e-5  # where the schedule ends
     schedule: str = "cosine"  # how the lr falls after the warm-up
     warmup_epochs: float = 10  # linear warm-up, at most a quarter of the run; a ViT needs it
-    warmup_steps: int = 0  # length of the warm-up in steps; overrides --warmup_epochs unless 0
-    layer_decay: float = 1.0  # a layer's lr over the lr of the layer above; 1: no decay
+    warmup_steps: int = 0  # the same in steps; overrides --warmup_epochs unless 0
+    layer_decay: float = 1.0  # ratio of a layer's lr to the lr of the layer above; 1: all the same
     weight_decay: float = 0.05  # of matrices; biases, norms, [CLS] and absolute positions have none
     clip_grad: float = 3.0  # largest gradient norm, 0 for none; the paper clips large at 1.0
     sam_rho: float = 0.0  # radius of sharpness-aware minimization, such as 0.05; doubles the time
     drop_path: float = 0.1  # stochastic depth of the last block; longer runs tolerate more
     seed: Shared[int] = 0  # of init, order, crops, masks, noise; rerun with others for error bars
     num_workers: Free[int] = 8  # processes that load images for a GPU; batches don't depend on it
-    dtype: Shared[Literal["auto", "float32", "float16", "bfloat16"]] = "auto"  # float16 on V100
+    dtype: Shared[Literal["auto", "float32", "float16", "bfloat16"]] = "auto"  # V100: float16
     compile: Free[bool] = False  # torch.compile: a minute's start, then 1.3 times as fast on a GPU
     checkpointing: Free[bool] = False  # compute activations twice: less memory, a third more time
     device: Free[str] = "auto"  # auto is this process's GPU if there is one; or cpu, cuda, mps
     resume: Free[Literal["auto", "never"]] = "auto"  # "never": start over, replacing --out
-    log_every: Free[int] = 50  # steps between log lines; each of them waits for the GPU
+    log_every: Free[int] = 50  # steps between log lines; at each the CPU waits for the GPU
     eval_every: Free[int] = 6250  # steps between evaluations with pictures, 0 for one at the end
-    save_every: Free[int] = 1250  # steps between checkpoints: what a crash loses, SIGTERM nothing
-    norm: str = "imagenet"  # pixel mean and deviation; half with the authors' ImageNet-22k weights
+    save_every: Free[int] = 1250  # steps between checkpoints: a crash loses them, SIGTERM none
+    norm: str = "imagenet"  # pixel mean and deviation; "half" for the authors' ImageNet-22k weights
     skip_bad_images: Free[bool] = False  # count and skip unreadable images; false stops at one
     tensorboard: Free[bool] = False  # also log for TensorBoard, which must be installed
     bench: Free[bool] = False  # measure the speed of loading, tokenizer, model, all; and stop
@@ -118,40 +118,40 @@ class RunConfig:
 
 @dataclass
 class Config(RunConfig):
-    task: str = "mim"  # masked image modeling; a target: tokenizer (a dVAE), pca; see README
+    task: str = "mim"  # masked image modeling; tokenizer (a dVAE), pca: train a target; or README's
     tokenizer: str = "dalle"  # what is predicted; dvae and pca without a file are trained first
     mask: str = "block"  # random: -0.1 top-1, -1.7 mIoU (table 4)
-    mask_ratio: float = 0.383  # 75 of 14x14 patches, the authors' rounding of the paper's 40%
+    mask_ratio: float = 0.383  # 75 of 196 patches, as the authors' code; the paper says about 40%
     min_block: int = 16  # minimum patches of a block (algorithm 1); lower it on grids below 8x8
     predict: Literal["masked", "all"] = "masked"  # all patches: -0.3 top-1, -3.7 mIoU (table 4)
     crop_min: Shared[float] = 0.08  # minimum area of the crop; raise it where images are tiny
     jitter: Shared[float] = 0.4  # of brightness, contrast, saturation; the tokenizer sees it too
     val_images: Shared[int] = 2048  # held-out images per evaluation; more is slower, less noisy
-    token_cache: Free[str] = "none"  # folder of --task=tokens: the tokenizer takes no time
-    cache_epochs: int = 0  # the crops repeat after this many epochs, the masks never; 0: neither
+    token_cache: Free[str] = "none"  # folder that --task=tokens wrote: its tokens are read instead
+    cache_epochs: int = 0  # crops repeat after this many epochs, masks never; 0: crops neither
     tokenizer_steps: int = 50_000  # training steps of our dVAE, if --tokenizer=dvae trains it first
-    tokenizer_lr: float = 1.5e-3  # its peak lr; a small dVAE tolerates more than a ViT
-    tokenizer_warmup: int = 6250  # steps of its linear warm-up, at most a quarter of its steps
+    tokenizer_lr: float = 1.5e-3  # peak lr of our dVAE; a small one tolerates more than a ViT
+    tokenizer_warmup: int = 6250  # warm-up steps of our dVAE, at most a quarter of its steps
     vocab_size: Shared[int] = 8192  # tokens of our own dVAE; fewer are learned faster
     downsample: Shared[int] = 8  # pixels per side to a token of our own dVAE; a power of two
     dvae_dim: Shared[int] = 128  # channels of our own dVAE; twice costs four times the compute
     kl_weight: Shared[float] = 1e-2  # the dVAE's pull to uniform tokens; raise it if few are used
-    components: Shared[int] = 64  # of --task=pca; more are sharper, the last ones noise to predict
+    components: Shared[int] = 64  # of --task=pca; more show more detail, the last ones noise
     contrast: str = "none"  # a second loss (README, "Beyond the paper")
-    contrast_on: Literal["cls", "mean"] = "cls"  # pooled feature it uses: [CLS], or the mean patch
-    contrast_weight: float = 1.0  # of that loss; a large one makes patch features uniform
-    mim_weight: float = 1.0  # of masked image modeling; 0: DINO, MoCo v3 or SimCLR alone
+    contrast_on: Literal["cls", "mean"] = "cls"  # the feature it compares: [CLS] or the mean patch
+    contrast_weight: float = 1.0  # of the contrastive loss; a large one makes patches uniform
+    mim_weight: float = 1.0  # of masked image modeling; 0: the contrastive loss alone
     local_crops: int = 0  # small views for DINO, as in app. E of the paper (8 there, 4.2x the cost)
     projector_dim: int = 0  # hidden units of its head, fewer for small ViTs; 0: the method's own
     prototypes: int = 65_536  # outputs of DINO's head; fewer for small data
-    teacher_momentum: float = 0.0  # at the start, then up to 1; less in short runs; 0: the method's
-    teacher_temperature: float = 0.07  # of DINO's targets, from 0.04; runs of few steps stay there
+    teacher_momentum: float = 0.0  # at the start, rises to 1; less in short runs; 0: the method's
+    teacher_temperature: float = 0.07  # DINO's last one, reached from 0.04; 0.04 in short runs
     dry_run: Free[bool] = False  # print the plan of the run, without data, and stop
     processes: Free[int] = 0  # number of GPUs to plan for; 0: the processes that run now
-    images_per_s: Free[float] = 0.0  # of a process, for the plan's days; 0: measured. V100: 148
+    images_per_s: Free[float] = 0.0  # of one GPU, for the plan; 0: measured now; a V100 does 148
 
 
-# What differs from the recipe. The demos' tokenizer is our own dVAE, trained first.
+# Presets: what each changes in the recipe. The demos' tokenizer is our own dVAE, trained first.
 SHAPES = dict(
     data="shapes", out="out/shapes", crop_min=0.5, val_images=512, num_workers=2,
     size="nano", image_size=64, patch_size=8,
@@ -177,21 +177,21 @@ PRESETS = {
 # ---- the objective -------------------------------------------------------------------------------
 
 class Objective(nn.Module):
-    """What is trained, on what loss. `fit` trains whatever of it requires a gradient, and saves all
-    of it. An objective has a `model`, the network, which is also saved under its official names; in
-    pre-training a `token_size`, the pixels per side of the view that targets are made of; and
+    """What `fit` trains: its parameters that require a gradient. All its state is saved. It has a
+    `model`, the network, whose parameters have the official checkpoints' names; in pre-training a
+    `token_size`, the pixels per side of the image that targets are made of; and
 
     forward(inputs, denominators, progress)
-        (loss, metrics): the sums over these images divided by `denominators`, which count the
-        global batch, so that all shares add up to means; progress is 0 to 1
+        (loss, metrics): sums over a micro-batch, divided by `denominators`. These count the global
+        batch, so that adding up micro-batches and processes gives means. progress is 0 to 1.
     """
 
-    norm = "imagenet"  # of the pixels that the network sees
+    norm = "imagenet"  # how pixels are normalized: a name in NORMS
     mask = "none"  # how its input is masked: a name in MASKS
-    extra_views = {}  # views it needs besides the paired ones: {name: (count, transform)}
-    notes = {}  # what else a checkpoint says
-    picture = "reconstruction.png"  # the name of the file with its `pictures`
-    one_by_one = False  # whether held-out images differ in size
+    extra_views = {}  # views besides images and token_images: {name: (count, transform)}
+    notes = {}  # further entries of its checkpoints
+    picture_file = "reconstruction.png"  # where its `pictures` go
+    one_by_one = False  # evaluates images one at a time, as their sizes differ
 
     def __init__(self, tokenizer=None):
         super().__init__()
@@ -202,7 +202,7 @@ class Objective(nn.Module):
         return network_inputs(batch, device, self.norm)
 
     def denominators(self, batch):
-        """What to divide by, of a loaded batch: counts such as [masked patches]."""
+        """Counts of a loaded batch, such as [masked patches]; `fit` adds up the processes'."""
         return [len(batch["images"])]
 
     def eval_sums(self, inputs, progress):
@@ -211,7 +211,7 @@ class Objective(nn.Module):
         return {"loss": loss, **metrics}
 
     def finish(self, sums, denominators):
-        """The metrics of an evaluation from the sums over all. What is no number is not logged."""
+        """{name: metric} from the sums over all held-out images. Arrays are not logged."""
         return divide(sums, denominators[0])
 
     def table(self, metrics):
@@ -219,7 +219,7 @@ class Objective(nn.Module):
         return ""
 
     def pictures(self, dataset, device, dtype):
-        """Columns of images (B, 3, H, W) in [0, 1], by their titles."""
+        """{column's title: images (B, 3, H, W) in [0, 1]} of some held-out images."""
         return {}
 
     def after_step(self, progress):
@@ -231,34 +231,35 @@ class Objective(nn.Module):
 
     @staticmethod
     def target(config):
-        """The tokenizer whose tokens it predicts, as in --tokenizer; None if it needs none."""
+        """The --tokenizer it needs, or None."""
 
 
 class MaskedImageModeling(Objective):
     """BEiT: predict the visual tokens of the masked patches from the rest of the image (eq. 2).
 
-    Why tokens and not pixels: see tokenizer.py. The loss is the mean over all masked patches of the
-    global batch: masks differ in size, so a mean of means would weigh some patches more."""
+    Why tokens and not pixels: see tokenizer.py. The loss is the mean over all patches to predict in
+    the global batch: masks differ in size, so a mean of means would weigh some patches more. K is
+    the number of patches to predict in a micro-batch."""
 
     def __init__(self, config, tokenizer):
         super().__init__(tokenizer)
         self.norm = config.norm
         self.mask = config.mask
         self.model = BEiT(vit_config(config), tokenizer.num_outputs)
-        self.token_size = self.model.config.grid * tokenizer.downsample
+        self.token_size = self.model.config.grid * tokenizer.downsample  # 14 * 8 = 112 pixels
         if config.weights != "none":
             log(load_weights(self.model, config.weights))
 
     def denominators(self, batch):
-        return [int(batch["predict"].sum())]  # masked patches
+        return [int(batch["predict"].sum())]
 
     def forward(self, inputs, denominators, progress):
         logits = self.model(inputs["images"], inputs["mask"], inputs["positions"])  # (K, vocab)
-        return self.compare(logits, inputs, denominators)
+        return self.mim_loss(logits, inputs, denominators)
 
-    def compare(self, logits, inputs, denominators):
+    def mim_loss(self, logits, inputs, denominators):
         """(loss, metrics) of logits (K, vocab)."""
-        loss, metrics = self.tokenizer.loss(logits, self.targets(inputs))  # F.cross_entropy's sum
+        loss, metrics = self.tokenizer.loss(logits, self.targets(inputs))  # summed cross entropy
         return loss / denominators[0], divide(metrics, denominators[0])
 
     def targets(self, inputs):
@@ -283,17 +284,17 @@ class MaskedImageModeling(Objective):
 
     @torch.no_grad()
     def reconstruct(self, inputs):
-        """What the network sees, what the tokenizer keeps, and what BEiT fills in."""
+        """Columns: what the network sees, what the tokenizer keeps, and what BEiT fills in."""
         mask = inputs["mask"]
         images = denormalize(inputs["images"], self.norm)
         size = images.shape[2:]
-        masked = F.interpolate(mask[:, None].float(), size=size)
+        masked = F.interpolate(mask[:, None].float(), size=size)  # (B, 1, H, W)
         columns = {"image": images, "masked": images * (1 - masked) + 0.5 * masked}
         if not hasattr(self.tokenizer, "decode"):
             return columns
         tokens = self.tokenizer.encode(inputs["token_images"])
         filled = tokens.clone()
-        logits = self.model(inputs["images"], mask)  # of the masked patches
+        logits = self.model(inputs["images"], mask)  # (sum of mask, vocab)
         filled[mask] = self.tokenizer.most_likely(logits).to(tokens.dtype)
         for title, codes in {"tokenizer": tokens, "BEiT": filled}.items():
             columns[title] = F.interpolate(self.tokenizer.decode(codes), size=size)
@@ -303,7 +304,7 @@ class MaskedImageModeling(Objective):
     def check(config):
         vit_config(config)  # raises BadInput if there is no such network
         if config.tokenizer.partition(":")[0] not in TOKENIZERS:
-            build_tokenizer(config.tokenizer)  # which says what there is
+            build_tokenizer(config.tokenizer)  # raises BadInput with the known names
         if config.mask == "none" and config.predict == "masked":
             raise BadInput("--mask=none masks nothing to predict: give --predict=all with it")
         draw_mask(config.mask, config, np.random.default_rng(0), 0.0)  # raises BadInput
@@ -315,11 +316,11 @@ class MaskedImageModeling(Objective):
 
 # ---- the loop of all three scripts ---------------------------------------------------------------
 
-def fit(objective, dataset, held_out, config, device, dtype):
-    """Train an objective, from a checkpoint in OUT if any. Returns whether the run is done."""
+def fit(objective, dataset, val_dataset, config, device, dtype):
+    """Train, from the checkpoint in --out if any. Returns whether the run is done (no SIGTERM)."""
     steps, steps_per_epoch, warmup = run_length(config, len(dataset))
-    if len(held_out) < world_size():
-        raise BadInput(f"--data={config.data}: {len(held_out)} held-out images are too few")
+    if len(val_dataset) < world_size():
+        raise BadInput(f"--data={config.data}: {len(val_dataset)} held-out images are too few")
     optimizer = make_optimizer(objective, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parallel = parallelize(objective, config)  # its gradients are means over the processes
@@ -328,15 +329,14 @@ def fit(objective, dataset, held_out, config, device, dtype):
     claim_folder(config, dataset.images)
     start = load_run(config, objective, optimizer, scaler)
     log(f"{config.task} into {config.out}: step {start} of {steps}, {steps_per_epoch} per epoch, "
-        f"warm-up {warmup}; {len(dataset):,} images, {len(held_out):,} held out")
+        f"warm-up {warmup}; {len(dataset):,} images, {len(val_dataset):,} held out")
     batches = batches_of_steps(start, steps, len(dataset), config.batch_size, config.seed,
                                config.repeats)
     loader = make_loader(dataset, batches, config.num_workers, device)
     logger = Logger(config, dataset.images, start, steps, steps_per_epoch)
 
     for step, batch in enumerate(loader, start):
-        # What every process has to know before it starts, in one exchange between the CPUs: what
-        # the sums are divided by, and whether a process was asked to stop.
+        # between the CPUs of all processes: what to divide sums by, and whether one got SIGTERM
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break
@@ -344,17 +344,17 @@ def fit(objective, dataset, held_out, config, device, dtype):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-        def backward():
+        def backward():  # a function, because sharpen_gradients calls it once more
             """Add up the gradients; returns this process's shares of the loss and the metrics."""
             torch.manual_seed(derive_seed(config.seed, step, rank()))  # for stochastic depth, noise
             shares = {}
             micros = micro_batches(batch, config.micro_batch)
             for number, micro in enumerate(micros, 1):
-                parallel.require_backward_grad_sync = number == len(micros)  # DDP's switch
+                parallel.require_backward_grad_sync = number == len(micros)  # DDP: exchange at last
                 inputs = objective.inputs(micro, device)
                 with autocast(device, dtype):
                     loss, parts = parallel(inputs, denominators, step / steps)
-                # the loss is already a share of the global mean, but DDP averages gradients
+                # the losses are shares of a mean, to be added up; DDP averages, hence the factor
                 scaler.scale(loss * world_size()).backward()
                 for name, value in {"loss": loss.detach(), **parts}.items():
                     shares[name] = shares.get(name, 0) + value
@@ -363,34 +363,36 @@ def fit(objective, dataset, held_out, config, device, dtype):
         metrics = backward()
         if config.sam_rho:
             sharpen_gradients(objective, config.sam_rho, backward)
-        scaler.unscale_(optimizer)  # float16: where a gradient overflowed, step() changes nothing
+        scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(objective.parameters(), config.clip_grad or math.inf)
-        scaler.step(optimizer)
-        scaler.update()  # and this lowers the scale
+        scaler.step(optimizer)  # float16: not after an overflow, and then update() lowers the scale
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         objective.after_step(step / steps)
 
-        metrics["grad_norm"] = grad_norm / world_size()  # the logger adds up what processes have
-        if due := logger.add(metrics, batch):  # until something is due, no GPU waits
+        metrics["grad_norm"] = grad_norm / world_size()  # the logger adds up the processes' shares
+        due = logger.add(metrics, batch)  # until something is due, the CPU does not wait for a GPU
+        if due:
             record = logger.read(lr)
             if "evaluation" in due:
-                record |= evaluate(objective, held_out, config, device, dtype, logger.done / steps)
+                done = logger.done / steps
+                record |= evaluate(objective, val_dataset, config, device, dtype, done)
                 if rank() == 0:
-                    columns = objective.pictures(held_out, device, dtype)
-                    save_columns(os.path.join(config.out, objective.picture), columns)
+                    columns = objective.pictures(val_dataset, device, dtype)
+                    save_columns(f"{config.out}/{objective.picture_file}", columns)
                 objective.train()
             logger.write(record)
         if "checkpoint" in due:
             save_run(config, objective, optimizer, scaler, logger.done)
     if not logger.close():
         save_run(config, objective, optimizer, scaler, logger.done)
-        log(f"SIGTERM: saved step {logger.done}; the same command goes on from there")
+        log(f"SIGTERM: saved step {logger.done}; with --resume=auto the same command goes on there")
     return logger.done == steps
 
 
 @torch.no_grad()
 def evaluate(objective, dataset, config, device, dtype, progress=1.0):
-    """The val_* metrics: means over the held-out images, each of which one process counts."""
+    """The val_* metrics: means over the held-out images; exactly one process counts each image."""
     objective.eval()
     batches = batches_of_all(len(dataset), 1 if objective.one_by_one else config.micro_batch)
     loader = make_loader(dataset, batches, config.num_workers, device)
@@ -421,9 +423,9 @@ def train(config):
     tokens = None
     if config.token_cache != "none" and objective.tokenizer:
         tokens, _ = open_tokens(config.token_cache, config, train_images, objective.tokenizer, "r")
-    dataset = Views(train_images, config, objective.token_size, True, objective.mask,
-                    objective.extra_views, tokens)
-    val_dataset = Views(val_images, config, objective.token_size, False, objective.mask)
+    dataset = Views(train_images, config, objective.token_size, train=True, mask=objective.mask,
+                    extra_views=objective.extra_views, tokens=tokens)
+    val_dataset = Views(val_images, config, objective.token_size, train=False, mask=objective.mask)
     return fit(objective, dataset, val_dataset, config, device, dtype)
 
 
@@ -432,7 +434,7 @@ def main(argv=None):
     config = parse_args(Config, PRESETS, {**CHOICES, "task": tasks}, argv, __doc__)
     if config.task in OTHER_TASKS:
         if config.dry_run:
-            raise BadInput(f"--dry_run: --task={config.task} takes minutes and has no plan")
+            raise BadInput(f"--dry_run: plans training; --task={config.task} has no plan")
         return OTHER_TASKS[config.task](config)
     objective_class = find_objective(config)
     objective_class.check(config)
@@ -454,9 +456,9 @@ def run_length(config, count):
         raise BadInput(f"--batch_size={config.batch_size}: must be from {world_size()}, an image "
                        f"per process, to {count}, the training images in --data={config.data}")
     steps_per_epoch = count // config.batch_size
-    steps = config.steps or round(config.epochs * steps_per_epoch)
+    steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
     warmup = config.warmup_steps or round(config.warmup_epochs * steps_per_epoch)
-    return steps, steps_per_epoch, min(warmup, steps // 4)  # short runs are to learn too
+    return steps, steps_per_epoch, min(warmup, steps // 4)  # so that short runs also learn
 
 
 def divide(sums, count):
@@ -471,7 +473,7 @@ def linear(progress):
     return 1 - progress
 
 
-# The share of the peak learning rate after a share, 0 to 1, of the steps that follow the warm-up
+# Progress after the warm-up, 0 to 1 -> how much of lr - min_lr is left
 SCHEDULES = {"cosine": cosine, "linear": linear}
 
 
@@ -492,7 +494,7 @@ OPTIMIZERS = {"adamw": adamw}
 
 
 def make_optimizer(objective, config):
-    """The optimizer of all that requires a gradient: the network, and what is trained beside it."""
+    """The optimizer of all that requires a gradient, also what your own objective adds to it."""
     groups = param_groups(objective.model, config.weight_decay, config.layer_decay)
     grouped = {parameter for group in groups for parameter in group["params"]}
     for parameter in objective.parameters():
@@ -506,8 +508,8 @@ def make_optimizer(objective, config):
 
 @torch.no_grad()
 def sharpen_gradients(objective, rho, backward):
-    """Sharpness-aware minimization (arXiv 2010.01412): gradients g at the weights w are replaced by
-    those at w + rho * g / |g| (eq. 2). A gradient that float16 made infinite moves nothing."""
+    """Sharpness-aware minimization (arXiv 2010.01412): replace the gradients g at the weights w by
+    the gradients at w + rho * g / |g| (eq. 2). If float16 overflowed, w is not moved."""
     trained = [parameter for parameter in objective.parameters() if parameter.grad is not None]
     before = [parameter.clone() for parameter in trained]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
@@ -522,7 +524,7 @@ def sharpen_gradients(objective, rho, backward):
 
 
 def parallelize(objective, config):
-    """The objective with --compile and --checkpointing; with several processes in DDP."""
+    """The objective with --compile and --checkpointing, in DDP if there are several processes."""
     for module in objective.modules():
         if isinstance(module, ViT):
             module.checkpointing = config.checkpointing
@@ -543,12 +545,12 @@ def all_reduce_sum(*numbers):
 
 
 def barrier():
-    """Wait for all processes. dist.barrier goes over nccl, which gives a download ten minutes."""
+    """Wait for all processes. dist.barrier would go over nccl, which gives up after ten minutes."""
     all_reduce_sum(0)
 
 
 def local_rank0_first(make, *arguments):
-    """make(*arguments), on a machine's first process before the others: it downloads once."""
+    """make(*arguments), on a machine's first process before the others: one download serves all."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         barrier()
@@ -617,7 +619,7 @@ def claim_folder(config, images):
                            "or --resume=never to replace it; to train longer, "
                            f"--weights={out}/checkpoint.pt and another --out")
     if rank() == 0:
-        if config.resume == "never":  # else a rerun after an early kill would use what is there
+        if config.resume == "never":  # else a run killed before its first save resumed the old one
             for checkpoint in saved_in(out):
                 os.remove(checkpoint)
         try:
@@ -640,8 +642,8 @@ def save_run(config, objective, optimizer, scaler, step):
 
 
 def save_checkpoint(config, model, step, **state):
-    """Write OUT/checkpoint.pt from the first process; the one before stays as previous.pt. The
-    network is in it under its official names, for load_weights; it shares the storage."""
+    """Write OUT/checkpoint.pt from the first process; the file before stays as previous.pt. For
+    load_weights the network stands in it once more as `model`, which takes no more space."""
     state |= dict(config=asdict(config), step=step, model=model.state_dict(),
                   arch=asdict(model.config))
     if rank() == 0:
@@ -654,9 +656,13 @@ def load_run(config, objective, optimizer, scaler):
     """Restore what save_run wrote into OUT. Returns the step to begin with."""
     if config.resume == "never" or not (state := load_checkpoint(config.out)):
         return 0
-    objective.load_state_dict(state["objective"])
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:  # empty: the run had another --dtype until now
+    try:
+        objective.load_state_dict(state["objective"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise BadInput(f"{config.out}: a run of another version of this code; to use its weights, "
+                       f"--weights={config.out}/checkpoint.pt and another --out") from error
+    if state["scaler"]:  # empty unless the run used float16
         scaler.load_state_dict(state["scaler"])
     return state["step"]
 
@@ -680,7 +686,7 @@ def load_checkpoint(out):
 # ---- the log, and pictures -----------------------------------------------------------------------
 
 class Logger:
-    """A run's progress bar, what is due when, and the records for SINKS. It trains on `images`."""
+    """A run's progress bar, what is due when, and the records for SINKS."""
 
     def __init__(self, config, images, start, steps, steps_per_epoch):
         self.config = config
@@ -697,7 +703,7 @@ class Logger:
         self.sinks = [make(config, start) for make in SINKS.values()] if rank() == 0 else []
 
     def on_sigterm(self, *_):
-        self.stop = True  # a cluster's preemption: the loop ends before its next step
+        self.stop = True  # `fit` ends before its next step and saves; loaders ignore the signal
 
     def add(self, metrics, batch):
         """Note this process's shares of a step's loss, metrics and gradient norm, without waiting
@@ -709,12 +715,14 @@ class Logger:
         due = {"log": self.config.log_every, "evaluation": self.config.eval_every,
                "checkpoint": self.config.save_every}
         last = self.done == self.steps
-        return {name for name, every in due.items() if last or every > 0 and self.done % every == 0}
+        return {name for name, every in due.items()
+                if last or (every > 0 and self.done % every == 0)}
 
     def read(self, lr):
-        """The last step's record. The host waits for the GPU. A loss that is not finite raises."""
-        names = list(self.history[-1])
-        rows = torch.stack([torch.stack(list(step.values())) for step in self.history]).cpu()
+        """The last step's record; the CPU waits for the GPU. Raises FloatingPointError if a loss
+        since the last call is not finite."""
+        names = list(self.history[-1])  # the loss is the first, grad_norm the last
+        rows = torch.stack([torch.stack(list(note.values())) for note in self.history]).cpu()
         rows = np.array(all_reduce_sum(*rows.flatten().tolist())).reshape(rows.shape)
         for step, row in enumerate(rows, self.done - len(rows)):
             if not np.isfinite(row[0]):
@@ -747,8 +755,9 @@ class Logger:
     def close(self):
         """After the loop. Returns whether the run is complete; SIGTERM can cut it short."""
         self.bar.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.history:
-            self.read(0.0)
+            self.read(0.0)  # raises if a loss is not finite, before anything is saved
         return self.done == self.steps
 
 
@@ -832,7 +841,7 @@ def save_columns(path, columns):
 RUN_CHOICES = {"size": VIT_SIZES, "variant": VARIANTS, "schedule": SCHEDULES, "norm": NORMS,
                "optimizer": OPTIMIZERS}
 CHOICES = {**RUN_CHOICES, "mask": MASKS, "contrast": CONTRASTIVE_LOSSES}
-OPEN_CHOICES = {"data": DATASETS, "tokenizer": TOKENIZERS}  # or a folder; NAME:FILE
+OPEN_CHOICES = {"data": DATASETS, "tokenizer": TOKENIZERS}  # or another folder; or NAME:FILE
 
 
 def marked(config_class, mark):
@@ -841,9 +850,10 @@ def marked(config_class, mark):
 
 
 def vit_config(config, shared=True):
-    """The ViTConfig of a run. A table of relative positions is `shared` by all layers or not."""
+    """The ViTConfig of a run. In pre-training all layers of the released variant share a table of
+    relative positions, in fine-tuning each has its own."""
     given = {f.name: getattr(config, f.name) for f in fields(ViTConfig) if hasattr(config, f.name)}
-    if config.variant == "released" and not shared:  # in fine-tuning
+    if config.variant == "released" and not shared:
         given["position"] = "relative"
     return ViTConfig.named(config.size, config.variant, **given)
 
@@ -950,7 +960,7 @@ def run(main):
     try:
         main()
     except Exception as error:
-        # the message of a loader process comes behind its traceback
+        # a loader process's message is the last line, after its traceback
         message = str(error).strip().rpartition("\n")[2].removeprefix("masking.BadInput: ")
         if isinstance(error, (BadInput, FloatingPointError)):  # the latter is Logger.read's
             leave(f"error: {message}", 2 if isinstance(error, BadInput) else 1)
@@ -964,9 +974,9 @@ def run(main):
 
 def leave(text, code):
     print(text, file=sys.stderr, flush=True)
-    if multiprocessing.active_children():  # loader processes leave when they see this one gone;
-        os._exit(code)  # sys.exit would send them SIGTERM, which they ignore, and wait for ever
-    sys.exit(code)
+    # sys.exit would send SIGTERM to loader processes, which ignore it, and wait for ever; when this
+    # process is gone they leave
+    os._exit(code) if multiprocessing.active_children() else sys.exit(code)
 
 
 # ---- other objectives ----------------------------------------------------------------------------
@@ -990,16 +1000,16 @@ class TokenizerTraining(Objective):
         # DALL-E's annealing, from 1 to 1/16, over the first three quarters of the run
         temperature = 1 / 16 + (1 - 1 / 16) * cosine(min(progress / 0.75, 1))
         loss, metrics = self.model.training_loss(images, temperature, self.kl_weight)
-        share = denominators[0] / len(images)
-        return loss / share, divide(metrics, share)
+        parts = denominators[0] / len(images)  # of the global batch
+        return loss / parts, divide(metrics, parts)
 
     def eval_sums(self, inputs, progress):
         images = inputs["token_images"]
         tokens = self.model.encode(images)
-        # mean absolute error of normalized RGB, in which appendix C reports 0.0880
+        # mean absolute error in RGB from -1 to 1, the unit of appendix C's 0.0880
         mae = 2 * (self.model.decode(tokens) - images).abs().mean() * len(images)
-        used = self.model.statistics(tokens.flatten())["frequency"] / tokens[0].numel()
-        return {**super().eval_sums(inputs, progress), "mae": mae, "frequency": used}
+        frequency = self.model.statistics(tokens.flatten())["frequency"] / tokens[0].numel()
+        return {**super().eval_sums(inputs, progress), "mae": mae, "frequency": frequency}
 
     def finish(self, sums, denominators):
         means = super().finish(sums, denominators)
@@ -1032,8 +1042,8 @@ class Contrast(Objective):
     """A contrastive loss between two whole views of an image: DINO, MoCo v3 or SimCLR.
 
     The student sees both views, and DINO's small ones; each of its outputs is compared with the
-    outputs of other views: of the teacher's two, or for SimCLR, which has no teacher, its own.
-    With `model`, it is a part of MIMWithContrast, on that network."""
+    outputs of other views: the teacher's, or the student's own (SimCLR has no teacher).
+    MIMWithContrast gives its own `model`."""
 
     def __init__(self, config, tokenizer=None, model=None):
         super().__init__()
@@ -1049,13 +1059,13 @@ class Contrast(Objective):
             self.model.init_weights()
         hidden = config.projector_dim or self.loss.projector_dim
         self.model.projector = self.loss.make_head(self.model.config.dim, hidden)
-        if config.weights != "none":  # in MIMWithContrast once more, for the projector
+        if config.weights != "none":  # MIMWithContrast loads twice: the projector is new
             log(load_weights(self.model, config.weights))
         momentum = config.teacher_momentum or self.loss.teacher_momentum
         self.teacher = Teacher(self.model, momentum) if self.loss.has_teacher else None
-        separate = model is None or config.local_crops  # passes, as in appendix E
+        separate_passes = model is None or config.local_crops  # as in appendix E
         whole = ssl_augment(config.image_size, self.loss.crop_area)
-        self.extra_views = {"views": (2 if separate else 1, whole)}
+        self.extra_views = {"views": (2 if separate_passes else 1, whole)}
         if config.local_crops:  # of 5% to 40% of the area, and 96 pixels for 224
             side = max(1, round(self.model.config.grid * 96 / 224)) * config.patch_size
             self.extra_views["local_views"] = config.local_crops, ssl_augment(side, (0.05, 0.4))
@@ -1072,8 +1082,8 @@ class Contrast(Objective):
         return x[:, 0] if self.pooling == "cls" else x[:, 1:].mean(dim=1)
 
     def outputs(self, views):
-        """What the student makes of views (B, 3, H, W): one pass, but a head's batch norm is over
-        one view."""
+        """The student's outputs (B, D) of views (B, 3, H, W). One pass serves all, but the head
+        gets one view at a time, so that batch norm never mixes views."""
         x = self.pool(self.model, self.model.features(torch.cat(views)))
         return [self.model.projector(view) for view in x.chunk(len(views))]
 
@@ -1092,9 +1102,9 @@ class Contrast(Objective):
         if "local_views" in inputs:
             student += self.outputs(inputs["local_views"])
         pairs = [student]  # the two views, without a teacher
-        if self.teacher:
-            others = self.others(views)
-            pairs = [(a, b) for i, a in enumerate(student) for j, b in enumerate(others) if i != j]
+        if self.teacher:  # the student's first two views are the teacher's
+            wanted = self.others(views)
+            pairs = [(a, b) for i, a in enumerate(student) for j, b in enumerate(wanted) if i != j]
         return self.compare(pairs, denominators, progress)
 
     def compare(self, pairs, denominators, progress):
@@ -1116,8 +1126,8 @@ class Contrast(Objective):
         return {"z": z.sum(dim=0), "z_square": z.square().sum(dim=0)}
 
     def finish(self, sums, denominators):
-        """The deviation of the head's outputs, normalized to length 1, times the root of their
-        number: about 1 if they are spread evenly, 0 if they collapsed."""
+        """The deviation of the head's outputs, normalized to length 1, times sqrt(dimensions):
+        about 1 if they are spread evenly, 0 if they collapsed."""
         means = divide(sums, denominators[0])
         variance = means["z_square"] - means["z"] ** 2
         return {"feature_std": np.sqrt(variance.clip(0)).mean() * math.sqrt(len(variance))}
@@ -1148,8 +1158,8 @@ class Contrast(Objective):
 class MIMWithContrast(MaskedImageModeling):
     """The weighted sum of masked image modeling and a contrastive loss, on one network.
 
-    In ONE pass, the student's features of the masked image serve both; they are compared with
-    another whole view's. With --local_crops the passes are separate, as in appendix E."""
+    ONE pass over the masked image serves both losses; its output is compared with that of another,
+    unmasked view. With --local_crops the passes are separate, as in appendix E."""
 
     def __init__(self, config, tokenizer):
         super().__init__(config, tokenizer)
@@ -1167,7 +1177,7 @@ class MIMWithContrast(MaskedImageModeling):
         if "local_views" not in inputs:
             features = self.model.masked_features(inputs["images"], inputs["mask"])
             logits = self.model.predict(features, inputs["positions"])
-            mim_loss, metrics = self.compare(logits, inputs, denominators)
+            mim_loss, metrics = self.mim_loss(logits, inputs, denominators)
             output = self.model.projector(self.contrast.pool(self.model, features))
             pairs = [(output, self.contrast.others(inputs["views"])[0])]
             loss, more = self.contrast.compare(pairs, denominators[1:], progress)
@@ -1197,7 +1207,7 @@ class MIMWithContrast(MaskedImageModeling):
 # ---- tools: targets that are made first, pictures, cached tokens, the plan, speed ----------------
 
 def make_objective(config, device, tokenizer=None):
-    """The objective of --task on the device, with its `tokenizer` or a given one."""
+    """The objective of --task on the device; `tokenizer` replaces the one of --tokenizer."""
     objective_class = find_objective(config)
     spec = objective_class.target(config)
     if spec in PREREQUISITES:
@@ -1207,7 +1217,7 @@ def make_objective(config, device, tokenizer=None):
         if config.compile:
             tokenizer.encode = torch.compile(tokenizer.encode)
             tokenizer.loss = torch.compile(tokenizer.loss, dynamic=True)  # masks differ in size
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # the same init in every process
     return objective_class(config, tokenizer).to(device)
 
 
@@ -1216,11 +1226,12 @@ def make_prerequisite(config, target):
     task, make = PREREQUISITES[target]
     names = marked(Config, "free") | marked(Config, "shared")
     options = {name: getattr(config, name) for name in names}
+    check_range(config, 1, math.inf, "tokenizer_steps")
     options |= dict(task=task, out=f"{config.out}/tokenizer", token_cache="none", bench=False,
-                    steps=config.tokenizer_steps, lr=config.tokenizer_lr,
+                    steps=config.tokenizer_steps, lr=config.tokenizer_lr, warmup_epochs=0,
                     warmup_steps=config.tokenizer_warmup)
     done = make(Config(**options))
-    barrier()  # other machines wait until the first has written it
+    barrier()  # until the first process has written the checkpoint
     return done
 
 
@@ -1263,6 +1274,7 @@ def fit_pca(config):
 def reconstruct(config):
     """OUT/reconstruction_NAME.png for a picture, or some of a folder or data set, at its own
     aspect: what the BEiT in --weights, a checkpoint.pt of this script, fills in."""
+    need_weights(config)
     options = read_network(config.weights)[2].get("config", {})
     if options.get("task") != "mim" or not options.get("mim_weight"):
         raise BadInput(f"--weights={config.weights}: no checkpoint.pt of masked image modeling")
@@ -1270,7 +1282,7 @@ def reconstruct(config):
     own = {"task", "weights", "seed", "contrast", "mim_weight", "local_crops"}
     config = as_trained(config, *sorted(options.keys() - own - marked(Config, "free")))
     # the run's tokenizer lies beside it, if it was trained first
-    trained = replace(config, task="mim", out=os.path.dirname(config.weights))
+    trained = replace(config, task="mim", out=os.path.dirname(config.weights) or ".")
     objective = make_objective(trained, device).eval()
     patch_sizes = {"images": config.patch_size, "token_images": objective.tokenizer.downsample}
     images = open_pictures(config.data, config.image_size)
@@ -1291,9 +1303,9 @@ def reconstruct(config):
 
 
 def open_tokens(folder, config, images, tokenizer, mode):
-    """(tokens (epochs, images, h, w), a dict: what they depend on, how many epochs are "done") in a
-    folder, to read (mode "r") or to make and write them ("r+"). Raises BadInput if they depend on
-    something else, or are to be read and not done."""
+    """(tokens (epochs, images, h, w), what tokens.json says of them) in a folder, to read (mode
+    "r") or to make and write them ("r+"). tokens.json holds what they depend on, and how many
+    epochs are done. Raises BadInput if they are of another run, or to be read and not all done."""
     check_range(config, 1, math.inf, "cache_epochs")
     digest = hashlib.sha256()
     for value in tokenizer.state_dict().values():
@@ -1327,7 +1339,7 @@ def open_tokens(folder, config, images, tokenizer, mode):
 def write_tokens(config):
     """--task=tokens: write OUT/tokens.npy, (epochs, images, h, w) uint16, of --cache_epochs epochs,
     from the first that is not done. Its processes are to run on one machine."""
-    config = replace(config, task="mim")
+    config = replace(config, task="mim")  # whose objective has the tokenizer
     if config.tokenizer in PREREQUISITES:
         raise BadInput(f"--task=tokens: give a trained tokenizer, {config.tokenizer}:FILE")
     device, _ = setup_device(config)
@@ -1353,7 +1365,7 @@ def write_tokens(config):
 
 
 def seconds_of(call, *arguments, threads=None):
-    """The mean time of a call in four, after two that warm up."""
+    """Mean seconds of four calls, after two that warm up."""
     threads = threads or torch.get_num_threads()
     return Timer("call(*arguments)", globals=locals(), num_threads=threads).timeit(4).mean
 
@@ -1368,10 +1380,12 @@ def flops_of(call, *arguments):
 def plan(config):
     """Print what a run takes: steps, accumulation, parameters, compute, memory and days."""
     device, dtype = setup_device(config)
+    source = f"in {config.data}"
     try:
         count = len(open_images(config.data, config.image_size, config.val_images)[0])
     except BadInput:
-        count = 1_281_167  # ImageNet-1k's
+        count = 1_281_167
+        source = f"assumed, as in ImageNet-1k: there is no --data={config.data} here"
     steps, steps_per_epoch, warmup = run_length(config, count)
     kind = (find_objective(config).target(config) or "pixel").partition(":")[0]
     tokenizer = TOKENIZERS[kind].untrained(**asdict(config)).to(device).requires_grad_(False)
@@ -1379,7 +1393,7 @@ def plan(config):
     processes = config.processes or world_size()
     local_batch = math.ceil(config.batch_size / processes)
     micro_batch = min(local_batch, config.micro_batch)
-    trial = micro_batch if device.type == "cuda" else 2  # images to measure with
+    trial = micro_batch if device.type == "cuda" else 4  # images to measure with
     images = DATASETS["shapes"](True, config.image_size, "").subset(range(trial))
     batch = sample_batch(Views(images, config, objective.token_size, True, objective.mask,
                                objective.extra_views), trial)
@@ -1407,13 +1421,13 @@ def plan(config):
         token_images = objective.inputs(few, device)["token_images"]
         share = flops_of(tokenizer.encode, token_images) / half / flops
         cache = (f"{2 * count * objective.model.config.grid**2 / 1e9:,.3f} GB per epoch; saves "
-                 f"{share:.0%} of the compute from the second run on, or with fewer --cache_epochs")
+                 f"{share:.0%} of the compute from the second run on, or if --cache_epochs is less")
     speed = config.images_per_s or trial / seconds_of(step, batch)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    # gradient and AdamW's two moments besides the weight; a teacher and a tokenizer have only that
+    # gradient and AdamW's two moments besides the weight; frozen parameters have only the weight
     weights = 12 * trained + 4 * sum(p.numel() for p in objective.parameters())
     days = steps * config.batch_size / (speed * processes) / 86_400
-    log(f"images      {count:,} in {config.data}")
+    log(f"images      {count:,} {source}")
     log(f"steps       {steps:,} of {config.batch_size:,} images, {steps_per_epoch:,} per epoch, "
         f"{warmup:,} of warm-up")
     log(f"each step   {processes} processes x {math.ceil(local_batch / micro_batch)} micro-batches "
@@ -1436,12 +1450,11 @@ def bench(objective, parallel, optimizer, dataset, config, device, dtype):
     size = min(config.micro_batch, config.batch_size // world_size())
     batches = batches_of_steps(0, 100, len(dataset), size * world_size(), config.seed)
     loader = iter(make_loader(dataset, batches, config.num_workers, device))
-    indices = itertools.cycle(range(len(dataset)))
     batch = next(loader)
     has_tokenizer = objective.tokenizer is not None and "tokens" not in batch
 
     def load():
-        return dataset[0, next(indices), 0.0]
+        return [dataset[0, index, 0.0] for index in range(size)]
 
     def encode(batch):
         inputs = objective.inputs(batch, device)
@@ -1465,7 +1478,7 @@ def bench(objective, parallel, optimizer, dataset, config, device, dtype):
     flops = flops_of(learn, encode(few), objective.denominators(few)) / len(few["images"])
     learning = seconds_of(learn, encode(batch), objective.denominators(batch))
     rates = {
-        "load_images_per_s_per_core": 1 / seconds_of(load, threads=1),  # as in a loader's process
+        "load_images_per_s_per_core": size / seconds_of(load, threads=1),  # as loaders have
         "tokenizer_images_per_s": size / seconds_of(encode, batch) if has_tokenizer else None,
         "model_images_per_s": size / learning,
         "step_images_per_s": size / seconds_of(step),
