@@ -66,7 +66,7 @@ class Config(RunConfig):
     task: str = "train"  # see the top of the file
     num_classes: int = 150  # classes to tell apart; labels run from 1 to this (ignore_zero)
     ignore_zero: bool = True  # label 0 is "other" and ignored; false: it is the first class
-    label_values: str = ""  # numbers of the classes in the label maps, such as 0,255; or ignore_zero
+    label_values: str = ""  # the classes' numbers in label maps, such as 0,255; empty: ignore_zero
     layer_decay: float = 0.65  # ratio of a layer's lr to the lr of the layer above; 1: no decay
     aux_weight: float = 0.4  # of each auxiliary head's loss (SETR); 0 leaves them untrained
     scale_min: float = 0.5  # least factor that a training image is resized by before its crop

@@ -18,7 +18,6 @@ import copy
 import difflib
 import hashlib
 import inspect
-
 import json
 import math
 import multiprocessing
