@@ -33,8 +33,8 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
-    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, copy_to, derive_seed, evenly,
-    folder_images, make_loader, named_images, normalize, open_pictures, patch_grid, rank,
+    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, copy_to, derive_seed, evenly, fit_size,
+    folder_images, make_loader, named_images, normalize, open_pictures, rank,
     read_image, world_size,
 )
 from model import (
@@ -47,8 +47,6 @@ from pretrain import (
 )
 
 # ---- options -------------------------------------------------------------------------------------
-# The comment behind a field is its text in --help: why this value, or what goes wrong with another.
-
 
 @dataclass
 class Config(RunConfig):
@@ -258,7 +256,9 @@ def open_labelled(config, classes=None, needs_training=True):
                        f"{len(val.classes)} in val/; {min(odd)} is in one only")
     if config.labels_per_class:
         labels = np.array([train.read_label(key) for key in train.keys])
-        train = train.subset(few_of_each(labels, config.labels_per_class, config.seed))
+        order = np.random.default_rng(config.seed).permutation(len(labels))
+        few = [order[labels[order] == label][: config.labels_per_class] for label in set(labels)]
+        train = train.subset(sorted(np.concatenate(few).tolist()))
     return train, val
 
 
@@ -282,12 +282,6 @@ def open_classes(where, classes=None, without=()):
     labels = {path: numbers[name] for path, name in names.items()}
     return replace(images, classes=classes, read_label=labels.__getitem__)
 
-
-def few_of_each(labels, count, seed):
-    """The indices of `count` labels of each class, drawn by the seed, in order."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    kept = [order[labels[order] == label][:count] for label in np.unique(labels)]
-    return np.sort(np.concatenate(kept)).tolist()
 
 
 class LabelledViews(Dataset):
@@ -605,7 +599,7 @@ def attention(config):
     images = local_rank0_first(open_pictures, config.data, arch.image_size)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
-        height, width = patch_grid(picture.shape[1:], arch.image_size, patch)
+        height, width = fit_size(picture.shape[1:], arch.image_size, patch)
         row, column = height // 2, width // 2
         if config.query:
             numbers = re.fullmatch(r"(\d+),(\d+)", config.query)

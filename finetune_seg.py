@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from finetune_cls import confusion
 from masking import (
-    BadInput, copy_to, denormalize, derive_seed, evenly, folder_images, local_shard, named_images,
-    normalize, permutation, world_size,
+    BadInput, copy_to, denormalize, derive_seed, evenly, fit_size, folder_images, local_shard,
+    named_images, normalize, permutation, world_size,
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
@@ -427,7 +427,7 @@ class LabelMapViews(Dataset):
         """Table 14's training view: resize, crop, flip and distort an image and its labels."""
         config = self.config
         factor = torch.empty(()).uniform_(config.scale_min, config.scale_max).item()
-        resize = v2.Resize(fit_size(labels.shape, config.image_size, factor))
+        resize = v2.Resize(fit_size(labels.shape, factor * config.image_size))
         image, labels = resize(image, tv_tensors.Mask(labels))
         fill = {tv_tensors.Mask: IGNORE, "others": 0}
         crop = v2.RandomCrop(config.image_size, pad_if_needed=True, fill=fill)
@@ -450,18 +450,10 @@ def held_out_view(image, config):
     return normalize(image / 255, config.norm)
 
 
-def fit_size(size, side, factor=1.0):
-    """[height, width] of an image, resized so that its short side is `side` (table 14), or its long
-    side 4 * side if it were longer, times a factor."""
-    scale = factor * min(4 * side / max(size), side / min(size))
-    return [max(1, round(scale * length)) for length in size]
-
-
 # ---- pictures ------------------------------------------------------------------------------------
 
 def palette(classes):
-    """(classes, 3) uint8: colors that are far apart for neighboring numbers."""
-    # steps by the golden ratio: hues never repeat
+    """(classes, 3) uint8: steps by the golden ratio, so hues are far apart and never repeat."""
     hues = [(number * 0.618034 % 1, 1 - 0.35 * (number % 2), 1 - 0.3 * (number // 2 % 2))
             for number in range(classes)]
     return np.round([[255 * c for c in colorsys.hsv_to_rgb(*hue)] for hue in hues]).astype(np.uint8)

@@ -494,11 +494,11 @@ def open_pictures(data, image_size, count=8):
     return open_images(data, image_size, count)[1]
 
 
-def patch_grid(size, side, patch_size):
-    """(height, width) in patches of a picture of `size` (height, width) whose short side is resized
+def fit_size(size, side, patch_size=1):
+    """[height, width] in patches of a picture of `size` (height, width) whose short side is resized
     to `side` pixels, or its long one to four times that if it is longer."""
     scale = min(side / min(size), 4 * side / max(size))
-    return tuple(max(1, round(scale * length / patch_size)) for length in size)
+    return [max(1, round(scale * length / patch_size)) for length in size]
 
 
 # ---- data sets with a name -----------------------------------------------------------------------

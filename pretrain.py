@@ -52,8 +52,8 @@ from tqdm import tqdm
 
 from masking import (
     BICUBIC, DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all,
-    batches_of_steps, denormalize, derive_seed, draw_mask, evenly, local_shard, make_loader,
-    micro_batches, network_inputs, normalize, open_images, open_pictures, patch_grid, permutation,
+    batches_of_steps, denormalize, derive_seed, draw_mask, evenly, fit_size, local_shard,
+    make_loader, micro_batches, network_inputs, normalize, open_images, open_pictures, permutation,
     rank, ssl_augment, world_size,
 )
 from model import (
@@ -64,9 +64,8 @@ from tokenizer import TOKENIZERS, build_tokenizer
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment after a field is its text in --help: why this value, or what goes wrong with another.
-# Free[int] is an int that may change when a run is resumed: it does not change what is learned, but
-# micro_batch changes the noise and batch norm. If a tokenizer is trained first, as --tokenizer=dvae
-# does, its run gets the Free and the Shared options.
+# Free[int] is an int that may change when a run is resumed: what is learned stays (but micro_batch
+# changes noise and batch norm). A tokenizer that a run trains first gets Free and Shared options.
 T = TypeVar("T")
 Free = Annotated[T, "free"]
 Shared = Annotated[T, "shared"]
@@ -406,7 +405,7 @@ def evaluate(objective, dataset, config, device, dtype, progress=1.0):
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.cpu().double().numpy()
     for name, value in sums.items():
-        sums[name] = np.reshape(all_reduce_sum(*np.ravel(value)), np.shape(value))
+        sums[name] = np.reshape(all_reduce_sum(*np.ravel(value).tolist()), np.shape(value))
     metrics = objective.finish(sums, all_reduce_sum(*denominators))
     if progress == 1 and (table := objective.table(metrics)):
         log(table)
@@ -906,8 +905,7 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
     whose type is a tuple takes the words without a name."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    first = next(iter(presets))
-    parser.add_argument("--preset", choices=presets, default=first, help="a set of the below")
+    parser.add_argument("--preset", choices=presets, default=[*presets][0], help="sets several")
     texts = field_texts(config_class)
     for name, kind in get_type_hints(config_class).items():
         text = texts[name]
@@ -923,10 +921,9 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
             parser.add_argument(f"--{name}", type=str if names else kind, choices=names, help=text)
     given = vars(parser.parse_args(argv))
     recipe = presets[given.pop("preset")]
-    if "epochs" in given:  # a preset's steps would override them
-        recipe = {**recipe, "steps": 0}
-    if "warmup_epochs" in given:
-        recipe = {**recipe, "warmup_steps": 0}
+    for epochs, steps in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        if epochs in given:  # a preset's steps would override them
+            recipe = {**recipe, steps: 0}
     config = config_class(**{**recipe, **given})
     check_range(config, 1, math.inf, "image_size", "patch_size", "batch_size", "micro_batch",
                 "repeats")
@@ -973,8 +970,7 @@ def run(main):
 
 def leave(text, code):
     print(text, file=sys.stderr, flush=True)
-    # sys.exit would send SIGTERM to loader processes, which ignore it, and wait for ever; when this
-    # process is gone they leave
+    # loader processes ignore sys.exit's SIGTERM, but leave when this process is gone
     os._exit(code) if multiprocessing.active_children() else sys.exit(code)
 
 
@@ -1051,13 +1047,13 @@ class Contrast(Objective):
         self.weight = config.contrast_weight
         self.token_size = config.image_size  # there are no targets
         self.loss = CONTRASTIVE_LOSSES[config.contrast](config)
-        self.model = model
+        self.model = model or ViT(vit_config(config))
+        dim = self.model.config.dim
         if model is None:
-            self.model = ViT(vit_config(config))
-            self.model.norm = nn.LayerNorm(self.model.config.dim, eps=1e-6)
+            self.model.norm = nn.LayerNorm(dim, eps=1e-6)
             self.model.init_weights()
-        hidden = config.projector_dim or self.loss.projector_dim
-        self.model.projector = self.loss.make_head(self.model.config.dim, hidden)
+        self.model.projector = self.loss.make_head(
+            dim, config.projector_dim or self.loss.projector_dim)
         if config.weights != "none":  # MIMWithContrast loads twice: the projector is new
             log(load_weights(self.model, config.weights))
         momentum = config.teacher_momentum or self.loss.teacher_momentum
@@ -1287,7 +1283,7 @@ def reconstruct(config):
     images = open_pictures(config.data, config.image_size)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
-        height, width = patch_grid(picture.shape[1:], config.image_size, config.patch_size)
+        height, width = fit_size(picture.shape[1:], config.image_size, config.patch_size)
         rng = np.random.default_rng([config.seed, index])
         mask = draw_mask(config.mask, config, rng, 1.0, (height, width))
         batch = dict.fromkeys(("mask", "predict"), torch.from_numpy(mask)[None])
@@ -1344,17 +1340,16 @@ def write_tokens(config):
     device, _ = setup_device(config)
     images = local_rank0_first(open_images, config.data, config.image_size, config.val_images)[0]
     objective = make_objective(config, device)
-    tokenizer = objective.tokenizer
-    if not hasattr(tokenizer, "vocab_size"):
+    if not hasattr(objective.tokenizer, "vocab_size"):
         raise BadInput(f"--task=tokens: --tokenizer={config.tokenizer} has no tokens")
-    tokens, about = open_tokens(config.out, config, images, tokenizer, "r+")
+    tokens, about = open_tokens(config.out, config, images, objective.tokenizer, "r+")
     dataset = Views(images, config, objective.token_size, train=True)
     for epoch in range(about["done"], config.cache_epochs):
         keys = batches_of_all(len(images), config.micro_batch, epoch)
         loader = make_loader(dataset, keys, config.num_workers, device)
         bar = tqdm(loader, f"tokens of epoch {epoch}", len(keys), disable=no_progress_bar())
         for batch_keys, batch in zip(keys, bar, strict=True):
-            found = tokenizer.encode(objective.inputs(batch, device)["token_images"])
+            found = objective.tokenizer.encode(objective.inputs(batch, device)["token_images"])
             tokens[epoch, [index for _, index, _ in batch_keys]] = found.cpu().numpy()
         tokens.flush()
         barrier()  # all have written theirs
@@ -1388,11 +1383,11 @@ def plan(config):
     steps, steps_per_epoch, warmup = run_length(config, count)
     kind = (find_objective(config).target(config) or "pixel").partition(":")[0]
     tokenizer = TOKENIZERS[kind].untrained(**asdict(config)).to(device).requires_grad_(False)
-    objective = make_objective(config, device, tokenizer)
+    objective = make_objective(config, device, tokenizer).eval()  # batch norm of one image fails
     processes = config.processes or world_size()
     local_batch = math.ceil(config.batch_size / processes)
     micro_batch = min(local_batch, config.micro_batch)
-    trial = micro_batch if device.type == "cuda" else 4  # images to measure with
+    trial = micro_batch if device.type == "cuda" else 2  # images to measure with
     images = DATASETS["shapes"](True, config.image_size, "").subset(range(trial))
     batch = sample_batch(Views(images, config, objective.token_size, True, objective.mask,
                                objective.extra_views), trial)
