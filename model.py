@@ -415,14 +415,14 @@ def param_groups(model, weight_decay, layer_decay=1.0):
         decays = parameter.dim() > 1 and (not is_embedding or name == "mask_token")
         matrix = parameter.dim() == 2 and name.endswith(".weight")
         if parameter.requires_grad:
-            groups.setdefault((layer, decays, matrix), []).append(parameter)
-    return [dict(params=params, lr_scale=layer_decay ** (top - layer), matrix=matrix,
-                 weight_decay=weight_decay if decays else 0.0)
-            for (layer, decays, matrix), params in groups.items()]
+            key = (layer_decay ** (top - layer), weight_decay if decays else 0.0, matrix)
+            groups.setdefault(key, []).append(parameter)
+    names = ("lr_scale", "weight_decay", "matrix")
+    return [dict(zip(names, key), params=params) for key, params in groups.items()]
 
 
 # ---- contrastive losses --------------------------------------------------------------------------
-# They compare two views of the same images, and stand beside masked image modelling (app. E).
+# They compare two views of the same images, and stand beside masked image modeling (app. E).
 
 
 class ContrastiveLoss(nn.Module):
