@@ -2283,7 +2283,7 @@ def test_bad_input_of_other_objectives_gets_one_line(tmp_path, capsys):
         (f"--tokenizer=dvae:{tmp_path}/pca/checkpoint.pt", "no checkpoint of --task=tokenizer"),
         ("--mim_weight=0", "a contrastive loss"),
         ("--local_crops=2", "a contrastive loss"),
-        ("--dry_run --task=pca", "--task=pca takes minutes and has no plan"),
+        ("--dry_run --task=pca", "--task=pca has no plan"),
     ))
 
 
