@@ -163,10 +163,8 @@ class Classification(Objective):
         return {"loss": loss, "top1": top5[:, 0].sum(), "top5": top5.sum()}
 
     def finish(self, sums, denominators):
-        metrics = super().finish(sums, denominators)
-        if self.trained:
-            metrics["confusion"] = sums["confusion"]
-        return metrics
+        counts = {"confusion": sums["confusion"]} if self.trained else {}
+        return super().finish(sums, denominators) | counts
 
     def table(self, metrics):
         return confusion_table(metrics["confusion"], self.notes["classes"]) if self.trained else ""
@@ -181,6 +179,8 @@ class Classification(Objective):
     @staticmethod
     def describe(images):
         """A line on the labels of held-out images: the accuracy of always naming one class."""
+        if not images.classes:
+            raise BadInput(f"{images.source}: labels without classes; write an objective for them")
         counts = np.bincount([Classification.label(images.read_label(key)) for key in images.keys])
         return (f"{len(images.classes)} classes, {100 * counts.max() / counts.sum():.1f}% of the "
                 "held-out images in the most frequent one")

@@ -235,7 +235,7 @@ def denormalize(images, norm):
 def network_inputs(batch, device, norm):
     """A loaded batch of Views -> what the networks see, on the device. Colors are jittered, images
     normalized, token_images in [0, 1]. `positions` (K,) int64 are the numbers of the patches
-    to `predict` among all B * h * w, found on the CPU, so that no GPU waits."""
+    to `predict` among all B * h * w, found on the CPU, which so waits for no GPU."""
     positions = batch["predict"].flatten().nonzero().squeeze(1)
     inputs = {name: copy_to(device, value) for name, value in batch.items()}
     for name in inputs.keys() & {"images", "token_images"}:

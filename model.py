@@ -404,7 +404,7 @@ def param_groups(model, weight_decay, layer_decay=1.0):
     LayerScale and the embeddings but mask_token, as in the official code. `lr_scale`, a group's
     share of the learning rate, is layer_decay ** (depth + 1 - layer) (table 13): the embeddings,
     whose names have no dot, are layer 0, the l-th block is layer l and all above is layer depth +
-    1. Groups with `matrix` hold the weights of linear layers."""
+    1. Groups with `matrix` hold 2-D weights, as linear layers have."""
     named = dict(model.named_parameters())
     layers = {name: int(name.split(".")[1]) + 1 for name in named if name.startswith("blocks.")}
     top = max(layers.values(), default=0) + 1

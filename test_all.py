@@ -1576,6 +1576,8 @@ def test_a_regression_is_a_fork_too_and_no_classification(tmp_path, monkeypatch,
     assert lines[-1]["val_loss"] < 0.4
     words = [*TOY_CLS, f"--out={tmp_path}/classes", "--data=dark:ab"]
     assert "label 0.7: is no number of a class" in error_of(capsys, *words, script=finetune_cls)
+    words[-1] = "--data=dark"
+    assert "labels without classes" in error_of(capsys, *words, script=finetune_cls)
 
 
 def test_bad_input_gets_one_line(tmp_path, dvae, capsys, monkeypatch):
