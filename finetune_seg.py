@@ -58,10 +58,10 @@ class Config(RunConfig):
     micro_batch: Free[int] = 16  # images or windows a process computes at once: batch norm's batch
     lr: float = 1e-3  # peak for the heads, less below them (layer_decay)
     min_lr: float = 0.0  # where the schedule ends
-    schedule: str = "linear"  # how the lr falls after the warm-up, as in mmsegmentation
+    schedule: str = "linear"  # how the lr falls after the warm-up
     warmup_epochs: float = 0.0  # linear warm-up, if --warmup_steps=0
     warmup_steps: int = 1500  # linear warm-up of the new heads and all below them
-    clip_grad: float = 0.0  # largest gradient norm, 0 for none, as in table 14
+    clip_grad: float = 0.0  # largest gradient norm; 0: none, as table 14 names none
     eval_every: Free[int] = 16_000  # steps between evaluations with pictures, 0 for one at the end
     task: str = "train"  # see the top of the file
     num_classes: int = 150  # classes to tell apart; labels run from 1 to this (ignore_zero)
@@ -74,7 +74,7 @@ class Config(RunConfig):
     most_of_crop: float = 0.75  # a crop with more than this of one class is drawn again; 1: never
     distort: bool = True  # brightness, contrast, saturation and hue; false where colors tell all
     stride: int = 341  # pixels from window to window in the evaluation: two thirds of 512
-    scales: str = "1"  # sizes that --task=eval averages over: 0.5,0.75,1,1.25,1.5,1.75 for more
+    scales: str = "1"  # sizes that --task=eval averages over; windows need 1, so less counts as 1
     flip: bool = False  # average over the mirrored image too: a bit better at twice the time
     val_images: int = 0  # held-out images an evaluation reads, 0: all; fewer for a quick look
 
@@ -211,31 +211,33 @@ def check(config):
 
 @torch.no_grad()
 def sliding_window(network, image, window, stride, batch=16):
-    """Logits (1, classes, H, W) of an image (1, 3, H, W) of any size: `network` sees windows of
-    `window` pixels every `stride` and at the border, `batch` at a time. Overlaps are averaged."""
-    height, width = image.shape[2:]
-    padded = F.pad(image, (0, max(0, window - width), 0, max(0, window - height)))
-    starts = [[*range(0, side - window, stride), side - window] for side in padded.shape[2:]]
+    """Logits (1, classes, H, W) of an image (1, 3, H, W), no side below `window`: `network` sees
+    windows of `window` pixels every `stride` and at the border, `batch` at a time. Overlaps are
+    averaged."""
+    sides = image.shape[2:]
+    starts = [[*range(0, side - window, stride), side - window] for side in sides]
     places = list(itertools.product(*starts))
     total = 0
-    count = torch.zeros(padded.shape[2:], device=image.device)
+    count = torch.zeros(sides, device=image.device)
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
-        crops = [padded[0, :, y : y + window, x : x + window] for y, x in some]
+        crops = [image[0, :, y : y + window, x : x + window] for y, x in some]
         for (y, x), logits in zip(some, network(torch.stack(crops)).float(), strict=True):
             if not torch.is_tensor(total):
-                total = logits.new_zeros(1, len(logits), *padded.shape[2:])
+                total = logits.new_zeros(1, len(logits), *sides)
             total[0, :, y : y + window, x : x + window] += logits
             count[y : y + window, x : x + window] += 1
-    return (total / count)[:, :, :height, :width]
+    return total / count
 
 
 def predict_labels(model, image, size, config):
     """The class of each pixel, (1, *size) int64, of a normalized image (1, 3, H, W): probabilities
-    of all --scales, mirrored too with --flip, are averaged at the image's original `size`."""
+    of all --scales, mirrored too with --flip, are averaged at the image's original `size`. As in
+    SETR an image is enlarged until no side is below the window."""
     total = 0
     for scale in parse_scales(config):
-        sides = [max(1, round(scale * side)) for side in image.shape[2:]]
+        scale = max(scale, config.image_size / min(image.shape[2:]))
+        sides = [max(config.image_size, round(scale * side)) for side in image.shape[2:]]
         scaled = image if scale == 1 else F.interpolate(image, sides, mode="bilinear")
         for mirrored in (False, True) if config.flip else (False,):
             view = scaled.flip(3) if mirrored else scaled
@@ -424,7 +426,8 @@ class LabelMapViews(Dataset):
         return {"images": image, "labels": labels, "skipped": found != index}
 
     def augment(self, image, labels):
-        """Table 14's training view: resize, crop, flip and distort an image and its labels."""
+        """SETR's training view, 512 px of table 14: an image and its labels resized, cropped,
+        flipped and distorted."""
         config = self.config
         factor = torch.empty(()).uniform_(config.scale_min, config.scale_max).item()
         resize = v2.Resize(fit_size(labels.shape, factor * config.image_size))
@@ -437,15 +440,15 @@ class LabelMapViews(Dataset):
             if len(counts) and counts.max() <= config.most_of_crop * counts.sum():
                 break
         part, part_labels = v2.RandomHorizontalFlip()(part, part_labels)
-        if config.distort:
-            ranges = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)  # mmseg's
+        if config.distort:  # mmsegmentation's ranges, but it adds to the brightness
+            ranges = dict(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.1)
             for name, strength in ranges.items():
                 part = v2.RandomApply([v2.ColorJitter(**{name: strength})], p=0.5)(part)
         return normalize(part / 255, config.norm), part_labels.as_subclass(torch.Tensor)
 
 
 def held_out_view(image, config):
-    """An image as an evaluation sees it, (3, H, W): its short side is image_size (table 14)."""
+    """An image as an evaluation sees it, (3, H, W): its short side is image_size, as in SETR."""
     image = v2.functional.resize(image, fit_size(image.shape[1:], config.image_size))
     return normalize(image / 255, config.norm)
 

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from masking import NORMS, BadInput, copy_to
 
-# Layers / width / heads of table 11 and of ViT and DeiT, and LayerScale's init for a variant that
-# has it. "nano" is not in the paper: the demos train it in minutes on two CPU cores.
+# Layers / width / heads: base and large are table 12's, tiny and small DeiT's, nano is the demos',
+# minutes on two CPU cores. LayerScale's init, of a variant that has it, is the official code's.
 VIT_SIZES = {
     "nano": dict(dim=128, depth=6, heads=4, layer_scale=0.1),
     "tiny": dict(dim=192, depth=12, heads=3, layer_scale=0.1),
@@ -37,9 +37,12 @@ VIT_SIZES = {
     "base": dict(dim=768, depth=12, heads=12, layer_scale=0.1),
     "large": dict(dim=1024, depth=24, heads=16, layer_scale=1e-5),
 }
+# Why two variants? All of the paper's tables but 5 to 7 use the plain ViT, to compare with others'.
+# LayerScale and relative positions then gave more: 83.22% top-1 instead of 82.86% (table 5), so
+# nearly all checkpoints that the authors released have them.
 VARIANTS = {
-    "paper": dict(position="absolute", layer_scale=0.0),  # of the paper's tables: 83.2% with base
-    "released": dict(position="shared_relative"),  # of the checkpoints that the authors released
+    "paper": dict(position="absolute", layer_scale=0.0),
+    "released": dict(position="shared_relative"),
 }
 
 
@@ -213,9 +216,10 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """The paper's init (sec. 2.3): a normal of std 0.02, cut at one std as in the official
-        code. The l-th block's output matrices are divided by sqrt(2l): it is the number of branches
-        added to the residual stream so far, whose variance would otherwise grow with depth."""
+        """The paper's init (sec. 2.5): a normal of std 0.02, cut at one std as in the official
+        code. The l-th block's output matrices are divided by sqrt(2l), which the paper found to
+        stabilize training: 2l branches are added to the residual stream by then, and its variance
+        would otherwise grow with depth."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.endswith("relative_position_bias_table"):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
@@ -285,7 +289,8 @@ class ViT(nn.Module):
 
 
 class BEiT(ViT):
-    """Masked image modelling (sec. 2.3): predict the visual tokens of the masked patches."""
+    """Masked image modelling (sec. 2.3): predict the visual tokens of the masked patches. It is
+    BERT's masked language modelling: a patch is the word, and a block of them the n-gram."""
 
     def __init__(self, config, vocab_size):
         super().__init__(config)
@@ -331,7 +336,10 @@ class Classifier(ViT):
 
 class LinearProbes(ViT):
     """Linear classifiers of a frozen network's mean features (app. D), one for each of `layers`,
-    which count from 1. One pass of the network serves them all."""
+    which count from 1. One pass of the network serves them all.
+
+    Why are they weak, 56.7% with base where DINO has 78.2%? Nothing in BEiT's pre-training gathers
+    an image in one vector, as contrastive losses do. Fine-tuning learns that: 83.2% and 82.8%."""
 
     def __init__(self, config, num_classes, layers):
         super().__init__(config)
@@ -367,6 +375,10 @@ class UpsamplingHead(nn.Module):
         return self.layers(self.norm(x).permute(0, 3, 1, 2).contiguous())
 
 
+# Depth -> the layers, from 1, that auxiliary heads see in SETR (for 12, in its configs with DeiT)
+AUXILIARY = {12: [5, 8, 10, 12], 24: [10, 15, 20, 24]}
+
+
 class Segmenter(ViT):
     """SETR-PUP (arXiv 2012.15840) on BEiT: a class per pixel, from the last layer's patches.
     Auxiliary heads on four layers are used in training only."""
@@ -378,9 +390,8 @@ class Segmenter(ViT):
         halvings = config.patch_size.bit_length() - 1
         if config.patch_size != 2**halvings or not halvings:
             raise BadInput(f"patch_size={config.patch_size}: to be segmented, a power of two")
-        # the layers that the auxiliary heads see: SETR's, and the quarters of other depths
         quarters = [round(config.depth * k / 4) for k in (1, 2, 3, 4)]
-        self.auxiliary = [10, 15, 20, 24] if config.depth == 24 else quarters
+        self.auxiliary = AUXILIARY.get(config.depth, quarters)
         self.head = UpsamplingHead(config.dim, num_classes, [2] * halvings)
         scales = [min(4, config.patch_size)]
         heads = [UpsamplingHead(config.dim, num_classes, scales) for _ in self.auxiliary]
@@ -440,6 +451,7 @@ class ContrastiveLoss(nn.Module):
     needs_whole_batch = True
     sees_local_crops = False  # whether --local_crops has small views for it
     sums_pairs = False  # whether several pairs of views are added up, or averaged
+    freezes_patches = False  # whether alone, without MIM, it keeps the patch projection at its init
     crop_area = (0.08, 1.0)  # (least, most) share of the image that a whole view shows
     projector_dim = 2048  # the method's own, where --projector_dim is 0
     teacher_momentum = 0.996  # the method's own, where --teacher_momentum is 0
@@ -462,10 +474,10 @@ class DINO(ContrastiveLoss):
     has_teacher = True
     needs_whole_batch = False
     sees_local_crops = True
-    crop_area = (0.4, 1.0)
 
     def __init__(self, config):
         super().__init__(config)
+        self.crop_area = (0.4 if config.local_crops else 0.14, 1.0)  # as its authors' README says
         self.prototypes = config.prototypes
         self.temperature = config.teacher_temperature
         self.register_buffer("center", torch.zeros(config.prototypes))
@@ -475,7 +487,7 @@ class DINO(ContrastiveLoss):
         return DINOHead(dim, hidden, self.prototypes)
 
     def forward(self, student, other, progress):
-        # the teacher's temperature rises over the first 30 of DINO's 300 epochs
+        # the teacher's temperature rises for a tenth of the run (its authors' for 30 epochs)
         temperature = 0.04 + (self.temperature - 0.04) * min(1, progress / 0.1)
         self.scores[0] += len(other)
         self.scores[1:] += other.sum(dim=0)
@@ -495,6 +507,7 @@ class MoCo(ContrastiveLoss):
     """MoCo v3 (arXiv 2104.02057): find the teacher's other view of an image in the global batch."""
 
     has_teacher = True
+    freezes_patches = True  # else the training of a ViT is unstable (its sec. 4.2)
     sums_pairs = True
     projector_dim = 4096
     teacher_momentum = 0.99
@@ -754,7 +767,7 @@ def read_network(path):
     """(weights under the official names, their ViTConfig, a dict of what else is known) of the BEiT
     in a transformers folder or a file: one of our checkpoints, an official .pth, a state dict of
     timm or transformers, or what holds one of these. Where it does not say how many heads there
-    are, each has 64 channels (table 11). The dict has the "part" of the file that was read and, if
+    are, each has 64 channels (table 12). The dict has the "part" of the file that was read and, if
     the file holds them, "config" (the run's options) and "classes" (their names)."""
     path = str(path)
     checkpoint = read_folder(path) if os.path.isdir(path) else read_checkpoint(path)
@@ -898,12 +911,11 @@ def resize_positions(value, height, width, mode):
 
 
 def evaluation_view(config, known):
-    """How evaluation prepares an image: (pixels of its shorter side before the middle is cropped,
-    None to squash all of it; mean; standard deviation). By default as in the official code."""
+    """How evaluation prepares an image: (pixels of its shorter side before the middle is cropped;
+    mean; standard deviation). By default as in the official code."""
     run = known.get("config", {})
     share = run.get("eval_crop", 0.875 if run or config.image_size < 384 else 1)
-    edge = None if share == 1 else round(config.image_size / share)
-    return edge, *NORMS[run.get("norm", "imagenet")]
+    return round(config.image_size / share), *NORMS[run.get("norm", "imagenet")]
 
 
 def export_weights(path, to, out):
@@ -941,12 +953,12 @@ def export_transformers(path, out, state, config, known):
         hf_config["label2id"] = {name: number for number, name in enumerate(names)}
     hf_config["architectures"] = [kind]
     edge, mean, std = evaluation_view(config, known)
-    square = dict(height=config.image_size, width=config.image_size)
     processor = dict(
         image_processor_type="CLIPImageProcessor",  # BEiT's own resizes no shorter side
-        do_resize=True, size=dict(shortest_edge=edge) if edge else square, resample=3,
-        do_center_crop=bool(edge), crop_size=square, do_rescale=True, rescale_factor=1 / 255,
-        do_normalize=True, image_mean=mean, image_std=std, do_convert_rgb=True,
+        do_resize=True, size=dict(shortest_edge=edge), resample=3, do_center_crop=True,
+        crop_size=dict(height=config.image_size, width=config.image_size), do_rescale=True,
+        rescale_factor=1 / 255, do_normalize=True, image_mean=mean, image_std=std,
+        do_convert_rgb=True,
     )
     save = optional("safetensors.torch", "--to=transformers").save
     files = {
@@ -984,8 +996,7 @@ def export_timm(path, out, state, config, known):
     )
     view = dict(
         input_size=config.image_size, interpolation="bicubic", mean=mean, std=std,
-        crop_mode="center" if edge else "squash",
-        crop_pct=config.image_size / (edge + 0.5) if edge else 1.0,  # timm rounds the edge down
+        crop_pct=config.image_size / (edge + 0.5),  # timm rounds the edge down
     )
     return (f"model = timm.create_model('beit_base_patch16_224', **{model}).eval()\n"
             f"transform = timm.data.create_transform(**{view})\n"

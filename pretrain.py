@@ -79,7 +79,7 @@ class RunConfig:
     out: Free[str] = "out/run"  # a folder per run: checkpoint.pt, metrics.jsonl, pictures
     weights: str = "none"  # file or folder of weights to start from (README); none: random ones
     size: str = "base"  # the paper has base and large (--preset=large); nano is for the demos
-    variant: str = "paper"  # paper: as in its tables; released: as in the authors' checkpoints
+    variant: str = "paper"  # paper: as in its tables; released: as in most of its checkpoints
     image_size: Shared[int] = 224  # pixels per side, a multiple of patch_size; twice costs 4 times
     patch_size: Shared[int] = 16  # pixels per side; half costs 4x the compute
     epochs: float = 800  # passes over the data; 300 cost 0.3 points of ImageNet top-1 (table 4)
@@ -119,7 +119,7 @@ class Config(RunConfig):
     task: str = "mim"  # masked image modeling; tokenizer (a dVAE), pca: train a target; or README's
     tokenizer: str = "dalle"  # what is predicted; dvae and pca without a file are trained first
     mask: str = "block"  # random: -0.1 top-1, -1.7 mIoU (table 4)
-    mask_ratio: float = 0.383  # 75 of 196 patches, as the authors' code; the paper says about 40%
+    mask_ratio: float = 0.383  # 75 of 196 patches, "roughly 40%" (sec. 2.5)
     min_block: int = 16  # minimum patches of a block (algorithm 1); lower it on grids below 8x8
     predict: Literal["masked", "all"] = "masked"  # all patches: -0.3 top-1, -3.7 mIoU (table 4)
     crop_min: Shared[float] = 0.08  # minimum area of the crop; raise it where images are tiny
@@ -139,7 +139,7 @@ class Config(RunConfig):
     contrast_on: Literal["cls", "mean"] = "cls"  # the feature it compares: [CLS] or the mean patch
     contrast_weight: float = 1.0  # of the contrastive loss; a large one makes patches uniform
     mim_weight: float = 1.0  # of masked image modeling; 0: the contrastive loss alone
-    local_crops: int = 0  # small views for DINO, as in app. E of the paper (8 there, 4.2x the cost)
+    local_crops: int = 0  # small views, DINO's own code has 8; with them BEiT costs 4.2x (app. E)
     projector_dim: int = 0  # hidden units of its head, fewer for small ViTs; 0: the method's own
     prototypes: int = 65_536  # outputs of DINO's head; fewer for small data
     teacher_momentum: float = 0.0  # at the start, rises to 1; less in short runs; 0: the method's
@@ -233,11 +233,11 @@ class Objective(nn.Module):
 
 
 class MaskedImageModeling(Objective):
-    """BEiT: predict the visual tokens of the masked patches from the rest of the image (eq. 2).
+    """BEiT: predict the visual tokens of the masked patches from the rest of the image (eq. 1).
 
-    Why tokens and not pixels: see tokenizer.py. The loss is the mean over all patches to predict in
-    the global batch: masks differ in size, so a mean of means would weigh some patches more. K is
-    the number of patches to predict in a micro-batch."""
+    Why tokens, and why the most likely ones: see tokenizer.py. The loss is the mean over all
+    patches to predict in the global batch: masks differ in size, so a mean of means would weigh
+    some patches more. K is the number of patches to predict in a micro-batch."""
 
     def __init__(self, config, tokenizer):
         super().__init__(tokenizer)
@@ -992,7 +992,7 @@ class TokenizerTraining(Objective):
 
     def forward(self, inputs, denominators, progress):
         images = inputs["token_images"]
-        # DALL-E's annealing, from 1 to 1/16, over the first three quarters of the run
+        # from 1 to 1/16 as in DALL-E, over three quarters of a short run (DALL-E's: the first 5%)
         temperature = 1 / 16 + (1 - 1 / 16) * cosine(min(progress / 0.75, 1))
         loss, metrics = self.model.training_loss(images, temperature, self.kl_weight)
         parts = denominators[0] / len(images)  # of the global batch
@@ -1001,7 +1001,7 @@ class TokenizerTraining(Objective):
     def eval_sums(self, inputs, progress):
         images = inputs["token_images"]
         tokens = self.model.encode(images)
-        # mean absolute error in RGB from -1 to 1, the unit of appendix C's 0.0880
+        # mean absolute error in RGB from -1 to 1: "normalized", as appendix C's 0.0880
         mae = 2 * (self.model.decode(tokens) - images).abs().mean() * len(images)
         frequency = self.model.statistics(tokens.flatten())["frequency"] / tokens[0].numel()
         return {**super().eval_sums(inputs, progress), "mae": mae, "frequency": frequency}
@@ -1052,6 +1052,7 @@ class Contrast(Objective):
         if model is None:
             self.model.norm = nn.LayerNorm(dim, eps=1e-6)
             self.model.init_weights()
+            self.model.patch_embed.requires_grad_(not self.loss.freezes_patches)
         self.model.projector = self.loss.make_head(
             dim, config.projector_dim or self.loss.projector_dim)
         if config.weights != "none":  # MIMWithContrast loads twice: the projector is new
