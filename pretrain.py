@@ -79,7 +79,7 @@ class RunConfig:
     out: Free[str] = "out/run"  # a folder per run: checkpoint.pt, metrics.jsonl, pictures
     weights: str = "none"  # file or folder of weights to start from (README); none: random ones
     size: str = "base"  # the paper has base and large (--preset=large); nano is for the demos
-    variant: str = "paper"  # paper: as in its tables; released: as in most of its checkpoints
+    variant: str = "paper"  # paper: as in most of its tables; released: as in most checkpoints
     image_size: Shared[int] = 224  # pixels per side, a multiple of patch_size; twice costs 4 times
     patch_size: Shared[int] = 16  # pixels per side; half costs 4x the compute
     epochs: float = 800  # passes over the data; 300 cost 0.3 points of ImageNet top-1 (table 4)
@@ -236,8 +236,8 @@ class MaskedImageModeling(Objective):
     """BEiT: predict the visual tokens of the masked patches from the rest of the image (eq. 1).
 
     Why tokens, and why the most likely ones: see tokenizer.py. The loss is the mean over all
-    patches to predict in the global batch: masks differ in size, so a mean of means would weigh
-    some patches more. K is the number of patches to predict in a micro-batch."""
+    patches to predict in the global batch: masks differ in size, so a mean of the processes' means,
+    as in the official code, would weigh some more. K patches are to predict in a micro-batch."""
 
     def __init__(self, config, tokenizer):
         super().__init__(tokenizer)

@@ -9,10 +9,14 @@ and high-frequency detail, says the paper; tokens keep what an image shows and d
 After 300 epochs tokens gave 82.86% top-1 on ImageNet, and pixels 81.04% (table 4), less than no
 pre-training at all (DeiT-B: 81.8%): the tokens are BEiT's key ingredient (sec. 3.3).
 
-Why argmax? BEiT is a variational autoencoder in two stages (sec. 2.4, eq. 2): the tokenizer is its
-posterior q(tokens | image), the tokenizer's decoder its p(image | tokens), and masked image
-modelling learns the prior p(tokens | masked image) while both are frozen. With q reduced to its
-most likely tokens, what is left of the divergence from the prior is their log-likelihood (eq. 3).
+Why argmax? BEiT is a variational autoencoder (sec. 2.4, eq. 2) of x, the image, given m, the same
+image masked, with the tokens z in between:
+
+    log p(x | m) >= E[log p(x | z)] - KL(q(z | x) || p(z | m)),    z drawn from q(z | x)
+
+The tokenizer is q and its decoder p(x | z). They are trained first and frozen; then masked image
+modelling learns the prior p(z | m). The paper simplifies q to one point, its most likely tokens,
+so that the divergence becomes -log p(z | m), the cross entropy (eqs. 1 and 3).
 
 A target is a class with one line in TOKENIZERS, at the end of the file. It has
 
