@@ -262,7 +262,8 @@ def copy_to(device, tensor):
 
 def jitter_colors(images, factors):
     """Images (B, 3, H, W) in [0, 1], their brightness, contrast and saturation times the `factors`
-    (B, 3), if any: torchvision's ColorJitter, whose changes commute where nothing is clipped."""
+    (B, 3), if any: torchvision's ColorJitter, whose changes commute where nothing is clipped. The
+    official code jitters before it crops: its contrast is relative to the whole image's mean."""
     if factors is None:
         return images
     brightness, contrast, saturation = factors.view(-1, 3, 1, 1, 1).unbind(1)

@@ -282,8 +282,8 @@ class ViT(nn.Module):
         return last.attn.attention_probs(last.norm1(self.layers(images)[-2]), bias)
 
     def mean_features(self, images):
-        """Images (B, 3, H, W), normalized -> for each block the mean of its patches' features, of
-        mean 0 and variance 1, for probes and nearest neighbours (app. D): (depth, B, D)."""
+        """Images (B, 3, H, W), normalized -> for each block the mean of its patches' features, for
+        probes (app. D) and nearest neighbours: (depth, B, D). That they are normalized is ours."""
         means = torch.stack([x[:, 1:].mean(dim=1) for x in self.layers(images)[1:]])
         return F.layer_norm(means, means.shape[2:])
 
