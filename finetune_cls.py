@@ -7,7 +7,7 @@ tenth is held out.
     torchrun --nproc_per_node=8 finetune_cls.py --data=/path/to/imagenet --out=out/imagenet
     python finetune_cls.py --preset=shapes  # minutes, after `pretrain.py --preset=shapes`
     python finetune_cls.py --task=predict --weights=out/imagenet/checkpoint.pt --data=photos
-README has the other tasks: eval, probe and knn (appendix D), attention (section 3.4) and curves.
+README has the other tasks: eval, probe (appendix D), knn, attention (section 3.4) and curves.
 `--help` lists every option. A killed run resumes when its command is run again.
 
 Read from the top: options, the objective, evaluation, main; that is all of fine-tuning. Images, and
@@ -80,7 +80,7 @@ class Config(RunConfig):
 
 # What differs from the recipe
 LARGE = dict(size="large", layer_decay=0.75, repeats=1)
-IMAGENET384 = dict(  # 10 more epochs in DeiT's setting (sec. 3.1), whose lr is constant
+IMAGENET384 = dict(  # 10 more epochs in DeiT's setting (sec. 3.1), but without its warm-up
     weights="out/imagenet/checkpoint.pt", out="out/imagenet384", image_size=384, micro_batch=32,
     epochs=10, warmup_epochs=0, batch_size=512, lr=5e-6, min_lr=5e-6, layer_decay=1.0,
     weight_decay=1e-8, eval_crop=1.0, eval_every=2502,

@@ -217,9 +217,9 @@ class ViT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """The paper's init (sec. 2.5): a normal of std 0.02, cut at one std as in the official
-        code. The l-th block's output matrices are divided by sqrt(2l), which the paper found to
-        stabilize training: 2l branches are added to the residual stream by then, and its variance
-        would otherwise grow with depth."""
+        pre-training. The l-th block's output matrices are divided by sqrt(2l), which the paper
+        found to stabilize training. Our reading: 2l branches are added to the residual stream by
+        then, and its variance would otherwise grow with depth."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.endswith("relative_position_bias_table"):
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
@@ -319,7 +319,8 @@ class BEiT(ViT):
 
 
 class Classifier(ViT):
-    """Fine-tuning (sec. 2.6): the mean of the patches' features, a norm and a linear layer."""
+    """Fine-tuning (sec. 2.6): the mean of the patches' features, a norm as in the official code and
+    a linear layer."""
 
     def __init__(self, config, num_classes):
         super().__init__(config)
@@ -433,7 +434,7 @@ def param_groups(model, weight_decay, layer_decay=1.0):
 
 
 # ---- contrastive losses --------------------------------------------------------------------------
-# They compare two views of the same images, and stand beside masked image modeling (app. E).
+# They compare two views of the same images. App. E has DINO's, a self-distillation, beside MIM.
 
 
 class ContrastiveLoss(nn.Module):
@@ -477,7 +478,7 @@ class DINO(ContrastiveLoss):
 
     def __init__(self, config):
         super().__init__(config)
-        self.crop_area = (0.4 if config.local_crops else 0.14, 1.0)  # as its authors' README says
+        self.crop_area = (0.4 if config.local_crops else 0.14, 1.0)  # as their main_dino.py advises
         self.prototypes = config.prototypes
         self.temperature = config.teacher_temperature
         self.register_buffer("center", torch.zeros(config.prototypes))

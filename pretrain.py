@@ -146,7 +146,7 @@ class Config(RunConfig):
     teacher_temperature: float = 0.07  # DINO's last one, reached from 0.04; 0.04 in short runs
     dry_run: Free[bool] = False  # print the plan of the run, without data, and stop
     processes: Free[int] = 0  # number of GPUs to plan for; 0: the processes that run now
-    images_per_s: Free[float] = 0.0  # of one GPU, for the plan; 0: measured now; a V100 does 148
+    images_per_s: Free[float] = 0.0  # of one GPU, for the plan; 0: measured now; the paper's: 148
 
 
 # Presets: what each changes in the recipe. The demos' tokenizer is our own dVAE, trained first.
@@ -507,7 +507,7 @@ def make_optimizer(objective, config):
 @torch.no_grad()
 def sharpen_gradients(objective, rho, backward):
     """Sharpness-aware minimization (arXiv 2010.01412): replace the gradients g at the weights w by
-    the gradients at w + rho * g / |g| (eq. 2). If float16 overflowed, w is not moved."""
+    the gradients at w + rho * g / |g| (eqs. 2, 3). If float16 overflowed, w is not moved."""
     trained = [parameter for parameter in objective.parameters() if parameter.grad is not None]
     before = [parameter.clone() for parameter in trained]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
@@ -1001,7 +1001,7 @@ class TokenizerTraining(Objective):
     def eval_sums(self, inputs, progress):
         images = inputs["token_images"]
         tokens = self.model.encode(images)
-        # mean absolute error in RGB from -1 to 1: "normalized", as appendix C's 0.0880
+        # mean absolute error in RGB from -1 to 1, probably what app. C, 0.0880, calls "normalized"
         mae = 2 * (self.model.decode(tokens) - images).abs().mean() * len(images)
         frequency = self.model.statistics(tokens.flatten())["frequency"] / tokens[0].numel()
         return {**super().eval_sums(inputs, progress), "mae": mae, "frequency": frequency}
@@ -1059,7 +1059,7 @@ class Contrast(Objective):
             log(load_weights(self.model, config.weights))
         momentum = config.teacher_momentum or self.loss.teacher_momentum
         self.teacher = Teacher(self.model, momentum) if self.loss.has_teacher else None
-        separate_passes = model is None or config.local_crops  # as in appendix E
+        separate_passes = model is None or config.local_crops
         whole = ssl_augment(config.image_size, self.loss.crop_area)
         self.extra_views = {"views": (2 if separate_passes else 1, whole)}
         if config.local_crops:  # of 5% to 40% of the area, and 96 pixels for 224
@@ -1155,7 +1155,7 @@ class MIMWithContrast(MaskedImageModeling):
     """The weighted sum of masked image modeling and a contrastive loss, on one network.
 
     ONE pass over the masked image serves both losses; its output is compared with that of another,
-    unmasked view. With --local_crops the passes are separate, as in appendix E."""
+    unmasked view. With --local_crops the passes are separate, whose cost is that of appendix E."""
 
     def __init__(self, config, tokenizer):
         super().__init__(config, tokenizer)

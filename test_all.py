@@ -281,7 +281,7 @@ def dalle(tmp_path_factory):
 def test_blockwise_masks_have_the_official_statistics():
     rng = np.random.default_rng(0)
     counts = np.array([blockwise_mask(14, 14, 75, rng=rng).sum() for _ in range(5000)])
-    assert abs(counts.mean() - 74.47) < 0.15  # the official generator: 74.47, 66% of 75, least 65
+    assert abs(counts.mean() - 74.47) < 0.15  # official, of 5,000: 74.47, 66% of 75, least 65
     assert abs((counts == 75).mean() - 0.66) < 0.025
     assert counts.min() >= 62 and counts.max() == 75
 
@@ -687,7 +687,7 @@ def test_pixels_are_those_of_the_patch():
 # ---- model: the network --------------------------------------------------------------------------
 
 
-def test_sizes_follow_table_11():
+def test_sizes_follow_table_12_and_deit():
     table = {"tiny": (12, 192, 3, 768), "small": (12, 384, 6, 1536), "base": (12, 768, 12, 3072),
              "large": (24, 1024, 16, 4096)}
     for size, (layers, width, heads, mlp) in table.items():
@@ -2199,7 +2199,7 @@ def test_heads_normalize_one_view_at_a_time():
 
 def test_views_of_a_contrastive_loss():
     for words, whole, small, area in (
-        (["--contrast=dino"], 1, None, (0.14, 1)),  # DINO's --global_crops_scale: its README
+        (["--contrast=dino"], 1, None, (0.14, 1)),  # DINO's --global_crops_scale: its help
         (["--contrast=moco", "--mim_weight=0"], 2, None, (0.08, 1)),
         (["--contrast=dino", "--local_crops=3"], 2, (8, 3, 3, 12, 12), (0.4, 1)),
     ):
@@ -2314,7 +2314,7 @@ def test_the_defaults_are_the_papers_table_13():
     large = dict(recipe, size="large", epochs=50, warmup_epochs=5, layer_decay=0.75, repeats=1)
     cifar = dict(recipe, epochs=150, batch_size=512, weight_decay=0.3, erasing=0, eval_crop=0.875)
     higher = dict(image_size=384, epochs=10, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=0,
-                  layer_decay=1, weight_decay=1e-8, eval_crop=1)  # DeiT's, with fewer epochs
+                  layer_decay=1, weight_decay=1e-8, eval_crop=1)  # DeiT's but for the warm-up
     probe = dict(epochs=50, batch_size=1024, lr=4e-3, weight_decay=1e-4, mixup=0, cutmix=0,
                  randaug=0, erasing=0, smoothing=0, repeats=1, task="probe")
     tiny_probe = dict(probe, epochs=10, batch_size=256)

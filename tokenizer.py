@@ -143,7 +143,7 @@ class ContinuousTarget(Target):
 # ---- DALL-E's dVAE -------------------------------------------------------------------------------
 
 class DalleTokenizer(DiscreteTarget):
-    """DALL-E's dVAE from the `dall-e` package: 8192 tokens, one for 8x8 pixels (sec. 2.4)."""
+    """DALL-E's dVAE from the `dall-e` package: 8192 tokens, one for 8x8 pixels (sec. 2.1.2)."""
 
     vocab_size = 8192
     downsample = 8
