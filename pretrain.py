@@ -146,7 +146,7 @@ class Config(RunConfig):
     teacher_temperature: float = 0.07  # DINO's last one, reached from 0.04; 0.04 in short runs
     dry_run: Free[bool] = False  # print the plan of the run, without data, and stop
     processes: Free[int] = 0  # number of GPUs to plan for; 0: the processes that run now
-    images_per_s: Free[float] = 0.0  # of one GPU, for the plan; 0: measured now; the paper's: 148
+    images_per_s: Free[float] = 0.0  # of one GPU, for the plan; 0: measured now; paper: about 148
 
 
 # Presets: what each changes in the recipe. The demos' tokenizer is our own dVAE, trained first.
@@ -1155,7 +1155,7 @@ class MIMWithContrast(MaskedImageModeling):
     """The weighted sum of masked image modeling and a contrastive loss, on one network.
 
     ONE pass over the masked image serves both losses; its output is compared with that of another,
-    unmasked view. With --local_crops the passes are separate, whose cost is that of appendix E."""
+    unmasked view. With --local_crops the passes are separate; app. E's cost suggests the same."""
 
     def __init__(self, config, tokenizer):
         super().__init__(config, tokenizer)

@@ -2314,7 +2314,7 @@ def test_the_defaults_are_the_papers_table_13():
     large = dict(recipe, size="large", epochs=50, warmup_epochs=5, layer_decay=0.75, repeats=1)
     cifar = dict(recipe, epochs=150, batch_size=512, weight_decay=0.3, erasing=0, eval_crop=0.875)
     higher = dict(image_size=384, epochs=10, batch_size=512, lr=5e-6, min_lr=5e-6, warmup_epochs=0,
-                  layer_decay=1, weight_decay=1e-8, eval_crop=1)  # DeiT's but for the warm-up
+                  layer_decay=1, weight_decay=1e-8, eval_crop=1)  # DeiT's, but for epochs and crop
     probe = dict(epochs=50, batch_size=1024, lr=4e-3, weight_decay=1e-4, mixup=0, cutmix=0,
                  randaug=0, erasing=0, smoothing=0, repeats=1, task="probe")
     tiny_probe = dict(probe, epochs=10, batch_size=256)
