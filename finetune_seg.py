@@ -234,7 +234,7 @@ def predict_labels(model, image, size, config):
     """The class of each pixel, (1, *size) int64, of a normalized image (1, 3, H, W): probabilities
     of all --scales, mirrored too with --flip, are averaged at the image's original `size`. As in
     SETR an image is enlarged until no side is below the window."""
-    total = 0
+    found = []  # logits of each view, at its own size
     for scale in parse_scales(config):
         scale = max(scale, config.image_size / min(image.shape[2:]))
         sides = [max(config.image_size, round(scale * side)) for side in image.shape[2:]]
@@ -243,9 +243,22 @@ def predict_labels(model, image, size, config):
             view = scaled.flip(3) if mirrored else scaled
             logits = sliding_window(model, view, config.image_size, config.stride,
                                     config.micro_batch)
-            logits = F.interpolate(logits.flip(3) if mirrored else logits, size, mode="bilinear")
-            total = total + logits.softmax(dim=1)
-    return total.argmax(dim=1)
+            found.append(logits.flip(3) if mirrored else logits)
+    # in bands of rows: all classes of a whole photograph would take gigabytes
+    bands = torch.arange(size[0], device=image.device).split(max(1, 2**16 // size[1]))
+    return torch.cat([sum(resize_rows(logits, rows, size).softmax(dim=1) for logits in found)
+                      .argmax(dim=1) for rows in bands], dim=1)
+
+
+def resize_rows(logits, rows, size):
+    """These `rows` of F.interpolate(logits, size, mode="bilinear"), (1, classes, rows, width)."""
+    last = logits.shape[2] - 1
+    places = ((rows + 0.5) * ((last + 1) / size[0]) - 0.5).clamp(0, last)
+    above = places.floor().long()
+    below = (above + 1).clamp(max=last)
+    share = (places - above)[:, None].to(logits.dtype)
+    band = torch.lerp(logits[:, :, above], logits[:, :, below], share)
+    return F.interpolate(band, (len(rows), size[1]), mode="bilinear")
 
 
 def parse_scales(config):

@@ -2740,6 +2740,30 @@ def test_images_below_the_window_are_enlarged_to_it():
         assert scales != "0.5" or torch.equal(seen[-1][0], image[0, :, :, :32])  # not resized
 
 
+def test_labels_of_a_large_image_are_found_in_bands():
+    """All classes of all its pixels at once would take gigabytes."""
+    weight = torch.randn(5, 3)
+    config = parse(*TOY_SEG, "--scales=1,1.5", "--flip", script=finetune_seg)
+    image, size, largest = torch.randn(1, 3, 32, 50), (601, 907), 0
+    interpolate, seen, total = F.interpolate, [], 0
+
+    def network(x):
+        return torch.einsum("kc,bchw->bkhw", weight, x).tanh()
+
+    for side, flip in itertools.product(((32, 50), (48, 75)), (False, True)):
+        view = interpolate(image, side, mode="bilinear")
+        logits = network(view.flip(3)).flip(3) if flip else network(view)
+        total = total + interpolate(logits, size, mode="bilinear").softmax(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "interpolate", lambda x, *a, **k: seen.append(interpolate(x, *a, **k))
+                      or seen[-1])
+        labels = finetune_seg.predict_labels(network, image, size, config)
+    best, second = total.topk(2, dim=1).values.unbind(1)
+    assert labels.shape == (1, *size)
+    assert ((labels == total.argmax(1)) | (best - second < 1e-5)).all()
+    assert max(x.numel() for x in seen) < 601 * 907 * 5 / 4
+
+
 def test_windows_that_overlap_are_averaged():
     def network(x):  # windows of 8 at columns 0, 3 and 4: the last at the border
         return torch.tensor([1.0, 4.0, 10.0]).view(3, 1, 1, 1).expand(3, 2, 8, 8)
