@@ -11,8 +11,10 @@ import math
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing import get_start_method
 
 import numpy as np
 import torch
@@ -329,7 +331,10 @@ def make_loader(dataset, batches, workers, device):
     """A loader of the batches whose keys `batches` lists, in order."""
     pin = device.type == "cuda"
     workers = min(workers, os.cpu_count() or 1)
+    # forked loaders share a long list of files and cached tokens, others get a copy each
+    forks = workers and sys.platform == "linux" and not get_start_method(allow_none=True)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+                      multiprocessing_context="fork" if forks else None,
                       persistent_workers=workers > 0, worker_init_fn=ignore_sigterm)
 
 

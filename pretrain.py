@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -61,6 +60,12 @@ from model import (
     optional, param_groups, read_checkpoint, read_network, short_message, write_atomically,
 )
 from tokenizer import TOKENIZERS, build_tokenizer
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither
+    fcntl = resource = None
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment after a field is its text in --help: why this value, or what goes wrong with another.
@@ -621,9 +626,43 @@ def claim_folder(config, images):
             for checkpoint in saved_in(out):
                 os.remove(checkpoint)
         try:
+            lock_folder(out)
             write_json(path, options)
         except OSError as error:
             raise BadInput(f"--out={out}: cannot be written ({error})") from error
+
+
+LOCKS = {}  # folder -> the open file that is locked
+
+
+def lock_folder(out):
+    """Keep other runs out of OUT for the life of this process. A kill ends its lock too, once its
+    loaders are gone; over NFS, that of a machine that is lost is believed for 100 seconds."""
+    if fcntl is None or out in LOCKS:
+        return
+    os.makedirs(out, exist_ok=True)
+    file = open(f"{out}/lock", "a+")
+    file.seek(0)
+    holder = file.read()
+    seconds = 10 if holder.endswith(f" {platform.node()}") or not holder else 100
+    for left in range(seconds, -1, -1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if not left:
+                raise BadInput(f"--out={out}: a run is in it ({holder}); stop it, or give another "
+                               "--out") from None
+            if left == seconds:
+                log(f"{out}: locked by {holder}; waiting {seconds} s for its end")
+            time.sleep(1)
+        except OSError as error:  # a file system without locks
+            log(f"{out}: cannot be locked ({error}): start no second run in it")
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    LOCKS[out] = file
 
 
 def write_json(path, value):
@@ -1478,7 +1517,10 @@ def bench(objective, parallel, optimizer, dataset, config, device, dtype):
         "model_images_per_s": size / learning,
         "step_images_per_s": size / seconds_of(step),
     }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = math.nan
+    if resource:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     side = 8192 if device.type == "cuda" else 2048

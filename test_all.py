@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -1683,6 +1684,43 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, capsys, tmp_path):
 
 
 # ---- pretrain: runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_start_where_nothing_is_forked(script, labelled, mapped, tmp_path):
+    """As on Windows, which lacks two modules too, and on macOS."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing, sys\n"
+        "sys.modules['resource'] = sys.modules['fcntl'] = None\n"
+        "multiprocessing.set_start_method('spawn')\n")
+    data = {"pretrain": labelled, "finetune_cls": labelled, "finetune_seg": mapped}[script]
+    words = [*TOYS[script], f"--data={data}", "--num_workers=1", "--steps=2"]
+    done = python(f"{script}.py", *words, f"--out={tmp_path}/out",
+                  env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert "Traceback" not in done.stderr
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path, dvae, capsys, monkeypatch):
+    waited = []
+    monkeypatch.setattr(pretrain.time, "sleep", lambda seconds: waited.append(seconds))
+    words = [*TOY, f"--out={tmp_path}/out", f"--tokenizer=dvae:{dvae}", "--steps=2"]
+    hold = ("import pretrain, sys; pretrain.lock_folder(sys.argv[1]); print('held', flush=True); "
+            "sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", hold, f"{tmp_path}/out"], cwd=HERE, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == "held\n"
+    text = error_of(capsys, *words)
+    assert f"/out: a run is in it (process {other.pid} on {platform.node()}); stop it" in text
+    assert sum(waited) == 10
+    lock = tmp_path / "out" / "lock"
+    lock.write_text("process 1 on a lost machine")  # over NFS
+    error_of(capsys, *words)
+    assert sum(waited) == 110 and not (tmp_path / "out" / "config.json").exists()
+    other.kill()
+    other.wait()
+    pretrain.main(words)
+    assert str(os.getpid()) in lock.read_text()
 
 
 def test_a_run_from_scratch_to_its_pictures(tmp_path):
