@@ -641,28 +641,25 @@ def lock_folder(out):
     if fcntl is None or out in LOCKS:
         return
     os.makedirs(out, exist_ok=True)
-    file = open(f"{out}/lock", "a+")
+    file = LOCKS[out] = open(f"{out}/lock", "a+")
     file.seek(0)
     holder = file.read()
-    seconds = 10 if holder.endswith(f" {platform.node()}") or not holder else 100
-    for left in range(seconds, -1, -1):
+    for second in range(10 if platform.node() in holder else 100):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if not left:
-                raise BadInput(f"--out={out}: a run is in it ({holder}); stop it, or give another "
-                               "--out") from None
-            if left == seconds:
-                log(f"{out}: locked by {holder}; waiting {seconds} s for its end")
+            if not second:
+                log(f"{out}: waiting for the end of {holder}")
             time.sleep(1)
         except OSError as error:  # a file system without locks
             log(f"{out}: cannot be locked ({error}): start no second run in it")
             break
+    else:
+        del LOCKS[out]
+        raise BadInput(f"--out={out}: a run is in it, {holder}; stop it, or give another --out")
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    LOCKS[out] = file
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
 
 
 def write_json(path, value):

@@ -1711,7 +1711,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path, dvae, capsys, monkeypatch):
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == "held\n"
     text = error_of(capsys, *words)
-    assert f"/out: a run is in it (process {other.pid} on {platform.node()}); stop it" in text
+    assert f"/out: a run is in it, process {other.pid} on {platform.node()}; stop" in text
     assert sum(waited) == 10
     lock = tmp_path / "out" / "lock"
     lock.write_text("process 1 on a lost machine")  # over NFS
