@@ -34,7 +34,7 @@ from tqdm import tqdm
 from finetune_cls import confusion
 from masking import (
     BadInput, copy_to, denormalize, derive_seed, evenly, fit_size, folder_images, local_shard,
-    named_images, normalize, permutation, world_size,
+    named_images, normalize, permutation, turned, world_size,
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
@@ -331,11 +331,10 @@ def read_label_map(label_maps, path):
     labels = read_labels(label_maps[path])
     with Image.open(path) as image:
         width, height = image.size
-        turn = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
-    if turn >= 5 and width != height and labels.shape == (height, width):  # the quarter turns
-        stored = Image.fromarray(labels.astype(np.int32))
-        stored.getexif()[ExifTags.Base.Orientation] = turn
-        labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
+        tiff = image.format == "TIFF"  # Pillow turns it itself
+        turn = None if tiff else image.getexif().get(ExifTags.Base.Orientation)
+    if turn in (5, 6, 7, 8) and width != height and labels.shape == (height, width):
+        labels = turned(torch.from_numpy(labels)[None], turn)[0].numpy()
     return labels
 
 

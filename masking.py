@@ -19,7 +19,7 @@ from multiprocessing import get_start_method
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -28,6 +28,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 BICUBIC = InterpolationMode.BICUBIC
+Image.MAX_IMAGE_PIXELS = None  # phones take more than Pillow opens by default
 
 
 class BadInput(ValueError):
@@ -453,18 +454,39 @@ def read_image(path):
     file = np.fromfile(path, np.uint8)
     channels = 0
     if file[:3].tobytes() == b"\xff\xd8\xff":  # JPEG: the same pixels as Pillow's, sooner
-        image = decode_jpeg(torch.from_numpy(file), apply_exif_orientation=True)
+        image = decode_jpeg(torch.from_numpy(file))
         channels = len(image)
-    if channels not in (1, 3):  # in CMYK too
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":
-                image = Image.fromarray(to_8_bits(np.asarray(image)))
-            image = TF.pil_to_tensor(image.convert("RGB"))
+    if channels not in (1, 3) or b"\xff\xe1" in file.tobytes():  # in CMYK too; or there is EXIF
+        with Image.open(path) as picture:
+            if channels not in (1, 3):
+                image = pillow_pixels(picture)
+            image = turned(image, picture.getexif().get(ExifTags.Base.Orientation))
     height, width = image.shape[1:]
     if max(height, width) > 100 * min(height, width):  # resizing its short side needs gigabytes
         raise ValueError(f"{width}x{height} pixels, a side over 100 times the other")
     return image.expand(3, -1, -1)
+
+
+def pillow_pixels(picture):
+    """What Pillow opened, as uint8 RGB (3, height, width)."""
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF: its bits, its color space and its planes
+    if max(tags.get(258, (8,))) > 8 and (tags.get(262) == 0 or tags.get(284) == 2):
+        raise ValueError("over 8 bits and white as 0 or planes of color; save it as a plain PNG")
+    deep = picture.mode[0] not in "IF" and ";16" in str(picture.tile)
+    if picture.mode[0] in "IF":
+        picture = Image.fromarray(to_8_bits(np.asarray(picture)))
+    image = TF.pil_to_tensor(picture.convert("RGB"))
+    if deep and image.max() < 16:  # Pillow keeps the upper 8 bits of colors
+        raise ValueError("its 16 bits hold 12 or fewer; save it with 8")
+    return image
+
+
+def turned(image, turn):
+    """An image (channels, height, width) as it is stored -> upright, by EXIF's orientation."""
+    flips = {2: [2], 3: [1, 2], 4: [1], 5: [], 6: [2], 7: [1, 2], 8: [1]}.get(turn)
+    if flips is None:
+        return image
+    return (image.transpose(1, 2) if turn >= 5 else image).flip(flips)
 
 
 def to_8_bits(values):

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -383,6 +384,66 @@ def test_photographs_are_turned_as_their_tag_says(ending, tmp_path):
         with Image.open(path) as image:
             expected = np.asarray(ImageOps.exif_transpose(image))
         assert np.array_equal(masking.read_image(path).permute(1, 2, 0), expected), tag
+
+
+def app1(payload):
+    return b"\xff\xe1" + (len(payload) + 2).to_bytes(2, "big") + payload
+
+
+@pytest.mark.parametrize("first", [
+    b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta></x:xmpmeta>", b"", b"Exif\0\0no TIFF",
+])
+def test_photographs_are_turned_whatever_stands_before_exif(first, tmp_path):
+    """What cameras and editors write: also an orientation of no meaning, or in XMP alone."""
+    drawing(48, 0).crop((0, 0, 48, 32)).save(tmp_path / "plain.jpg", quality=95)
+    plain = (tmp_path / "plain.jpg").read_bytes()
+    turns = [b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0%c\0\0\0\0\0\0" % turn
+             for turn in (1, 3, 5, 6, 7, 8, 77)]
+    turns.append(b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="6"></x:xmpmeta>')
+    for turn in turns:
+        (tmp_path / "a.jpg").write_bytes(plain[:20] + app1(first) + app1(turn) + plain[20:])
+        with Image.open(tmp_path / "a.jpg") as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+        assert np.array_equal(masking.read_image(tmp_path / "a.jpg").permute(1, 2, 0), expected)
+
+
+def tiff16(array, order="<", planar=1):
+    """A TIFF file of uint16 colors (height, width, 3), which Pillow reads but does not write."""
+    height, width, channels = array.shape
+    parts = array.transpose(2, 0, 1) if planar == 2 else array[None]
+    size = array.nbytes // len(parts)
+    start = 8 + 2 + 12 * 9 + 4  # of what does not fit the nine entries
+    starts = [start + 6 + 8 * len(parts) + size * number for number in range(len(parts))]
+    tables = np.array([*starts, *[size] * len(parts)], order + "u4").tobytes()
+    entries = [(256, 1, width), (257, 1, height), (258, 3, start), (262, 1, 2),
+               (273, len(parts), start + 6), (277, 1, channels), (278, 1, height),
+               (279, len(parts), start + 6 + 4 * len(parts)), (284, 1, planar)]
+    if len(parts) == 1:
+        entries[4], entries[7] = (273, 1, starts[0]), (279, 1, size)
+    pack = lambda form, *values: struct.pack(order + form, *values)  # noqa: E731
+    fields = b"".join(
+        pack("HHI", tag, 3 if tag in (258, 262, 277, 284) else 4, count)
+        + (pack("HH", value, 0) if tag in (262, 277, 284) else pack("I", value))
+        for tag, count, value in entries)
+    head = {"<": b"II", ">": b"MM"}[order] + pack("HIH", 42, 8, 9) + fields + bytes(4)
+    return head + pack("3H", 16, 16, 16) + tables + parts.astype(order + "u2").tobytes()
+
+
+def test_colors_of_16_bits_are_read_or_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    values = np.random.default_rng(0).integers(0, 65536, (8, 9, 3))
+    for order in "<>":
+        path.write_bytes(tiff16(values, order))
+        read = masking.read_image(path).permute(1, 2, 0).numpy()
+        assert np.abs(read - values / 257).max() <= 1
+    gray = Image.fromarray(values[..., 0].astype(np.uint16))
+    gray.save(path)
+    white_is_0 = path.read_bytes().replace(struct.pack("<HHIH", 262, 3, 1, 1),
+                                           struct.pack("<HHIH", 262, 3, 1, 0))
+    for file in (tiff16(values // 16), tiff16(values, planar=2), white_is_0):
+        path.write_bytes(file)
+        with pytest.raises(BadInput, match="a.tif.*save it"):
+            masking.folder_images(tmp_path).load(0)
 
 
 @pytest.mark.parametrize("value", [-1.0, np.nan, 1e6])
