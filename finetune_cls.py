@@ -574,10 +574,7 @@ def curves(config):
 
 def read_curve(folder):
     """("epoch", {epoch: accuracy in percent}) of a run, ("layer", {layer: ...}) of a probe."""
-    try:
-        records = read_metrics(os.path.join(folder, "metrics.jsonl"))
-    except ValueError:  # no JSON
-        records = []
+    records = read_metrics(os.path.join(folder, "metrics.jsonl"))
     if records and (probed := layer_accuracies(records[-1])):
         return "layer", probed
     curve = {line["epoch"]: 100 * line["val_top1"] for line in records if "val_top1" in line}

@@ -835,7 +835,7 @@ def read_json(path):
         with open(path) as file:
             return json.load(file)
     except ValueError as error:
-        raise BadInput(f"{path}: no JSON ({error})") from error
+        raise BadInput(f"{path}: damaged, no JSON ({error}); remove or restore it") from error
 
 
 def optional(module, purpose):

@@ -14,6 +14,7 @@ Data flow: masking.py (views, mask) -> tokenizer.py (targets) -> model.py (logit
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -57,7 +58,8 @@ from masking import (
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
-    optional, param_groups, read_checkpoint, read_network, short_message, write_atomically,
+    optional, param_groups, read_checkpoint, read_json, read_network, short_message,
+    write_atomically,
 )
 from tokenizer import TOKENIZERS, build_tokenizer
 
@@ -611,8 +613,7 @@ def claim_folder(config, images):
     out = config.out
     path = f"{out}/config.json"
     if config.resume == "auto" and os.path.exists(path) and saved_in(out):
-        with open(path) as file:
-            there = json.load(file)
+        there = read_json(path)
         free = marked(type(config), "free")
         changes = ", ".join(f"{name}: {there[name]!r} there, {value!r} now"
                             for name, value in options.items()
@@ -810,11 +811,14 @@ def metrics_file(config, start):
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts, without a last one that a kill cut short."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("}\n")]
+    """The lines of a metrics.jsonl as dicts, without those that a kill or a crash left torn."""
+    records = []
+    if os.path.exists(path):
+        with open(path, errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def tensorboard(config, start):
@@ -1355,8 +1359,7 @@ def open_tokens(folder, config, images, tokenizer, mode):
     barrier()
     if not os.path.exists(path):
         raise BadInput(f"--token_cache={folder}: holds no tokens.json; --task=tokens writes it")
-    with open(path) as file:
-        there = json.load(file)
+    there = read_json(path)
     for name, value in key.items():
         if there.get(name) != value:
             raise BadInput(f"{folder}: tokens of another run: {name} is {there.get(name)} there, "

@@ -2016,6 +2016,25 @@ def test_a_run_goes_on_with_the_same_config_and_images_only(tmp_path, dvae, caps
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["step"] == 2
 
 
+def test_what_a_crash_leaves_in_the_folder(tmp_path, dvae, capsys):
+    words = [f"--tokenizer=dvae:{dvae}", "--steps=2"]
+    toy(tmp_path, *words, "--save_every=1")
+    metrics, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
+    lines = metrics.read_bytes().splitlines()
+    metrics.write_bytes(lines[0] + b'\n\0\0{"step": 1}\n3\n{"step": 2, "lo\n\xff\n' + lines[1])
+    assert [line["step"] for line in read_metrics(metrics)] == [1, 2]
+    assert len(toy(tmp_path, *words)) == 2 and metrics.read_text().count("\n") == 2
+    config.write_bytes(b"")
+    text = error_of(capsys, *TOY, f"--out={tmp_path}", *words)
+    assert text.startswith(f"error: {config}: damaged") and "remove" in text
+    config.unlink()
+    assert len(toy(tmp_path, *words)) == 2
+    config.rename(tmp_path / "tokens.json").write_bytes(b"")
+    text = error_of(capsys, *TOY, f"--out={tmp_path}/b", *words, f"--token_cache={tmp_path}",
+                    "--cache_epochs=1")
+    assert "tokens.json: damaged" in text
+
+
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path):
     """No file may grow beyond some size after the first checkpoint: the system's error is as when
     the disk is full."""
