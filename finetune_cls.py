@@ -244,11 +244,11 @@ def open_labelled(config, classes=None, needs_training=True):
     if named := named_images(config.data, config.image_size):
         train, val = named
     elif os.path.isdir(train_folder) or os.path.isdir(val_folder):
-        train = val = open_classes(val_folder, classes)
+        train = val = open_classes(val_folder, classes, [config.out])
         if needs_training:
-            train = open_classes(train_folder, classes, without=val.keys)
+            train = open_classes(train_folder, classes, [*val.keys, config.out])
     else:
-        images = open_classes(config.data, classes)
+        images = open_classes(config.data, classes, [config.out])
         val, train = images.split(max(1, len(images) // 10))
     if not train.read_label or not val.read_label:
         raise BadInput(f"--data={config.data}: has no labels")
@@ -479,7 +479,7 @@ def predict(config):
     OUT/predictions.png, a contact sheet. It needs no options but the files: --weights knows all."""
     config = as_trained(config, "eval_crop")
     device, dtype = setup_device(config)
-    images = folder_images(config.data)
+    images = folder_images(config.data, [config.out])
     if not len(images):
         raise BadInput(f"--data={config.data}: no folder with images to classify")
     state, arch, known = read_network(config.weights)
@@ -523,7 +523,7 @@ def write_predictions(out, images, classes, found):
     text = io.StringIO()
     csv.writer(text).writerows(table)
     with write_atomically(os.path.join(out, "predictions.csv")) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="surrogateescape"))
     with write_atomically(os.path.join(out, "predictions.png")) as file:
         contact_sheet(shown).save(file, "PNG")
     log(f"wrote {out}/predictions.csv and .png: {len(shown):,} images")
@@ -594,7 +594,7 @@ def attention(config):
     log(load_weights(model, config.weights))
     patch = arch.patch_size
     glow = torch.tensor([1.0, 0.8, 0.2]).view(3, 1, 1)
-    images = local_rank0_first(open_pictures, config.data, arch.image_size)
+    images = local_rank0_first(open_pictures, config.data, arch.image_size, config.out)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
         height, width = fit_size(picture.shape[1:], arch.image_size, patch)

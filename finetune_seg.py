@@ -485,7 +485,7 @@ def predict(config):
     """Write OUT/labels/NAME.png, with the numbers of a label map, and OUT/overlay/NAME.png for each
     image in --data, at its own size."""
     device, dtype = setup_device(config)
-    images = folder_images(config.data)
+    images = folder_images(config.data, [config.out])
     if not len(images):
         raise BadInput(f"--data={config.data}: no folder with images to predict")
     model = Segmentation(config, trained=True).to(device).eval().model

@@ -418,11 +418,13 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".
 
 def folder_images(folder, without=()):
     """All images in a folder and below it, in the order of their paths. A file counts once, even if
-    several links lead to it, and not at all if a path in `without` leads to it. Hidden files and
-    folders are left out, and the folders that macOS adds to archives."""
-    held_out = {os.path.realpath(path) for path in without}
+    several links lead to it, and not at all if a path in `without` leads to it or to its folder.
+    Hidden files and folders are left out, and the folders that macOS adds to archives."""
+    held_out = {os.path.realpath(path) for path in without if path}
+    if os.path.realpath(folder) in held_out:
+        raise BadInput(f"{folder}: is --out too, whose pictures are no data; give another --out")
     found = {}  # real path -> path
-    visited = set()
+    visited = set(held_out)
     folders = [folder] if os.path.isdir(folder) else []
     links = []  # to folders, after the real ones: the real path of a file is preferred
     while folders or links:
@@ -500,18 +502,18 @@ def to_8_bits(values):
     return np.round(values * (255 / fitting[0])).astype(np.uint8)
 
 
-def open_images(data, image_size, val_images):
+def open_images(data, image_size, val_images, out=""):
     """(training images, at most `val_images` held-out ones) of --data: a name in DATASETS, or a
-    folder. Up to a tenth is held out if the folder has no val/."""
+    folder, but for what lies in --out. Up to a tenth is held out if the folder has no val/."""
     if named := named_images(data, image_size):
         train, val = named
     elif not os.path.isdir(data):
         raise BadInput(f"--data={data}: no such folder, and none of {', '.join(DATASETS)}")
     elif os.path.isdir(os.path.join(data, "train")):
-        val = folder_images(os.path.join(data, "val"))
-        train = folder_images(os.path.join(data, "train"), without=val.keys)
+        val = folder_images(os.path.join(data, "val"), [out])
+        train = folder_images(os.path.join(data, "train"), [*val.keys, out])
     else:
-        train = folder_images(data)
+        train = folder_images(data, [out])
         val = []
     if len(val):
         val = val.split(val_images)[0]
@@ -522,13 +524,13 @@ def open_images(data, image_size, val_images):
     return train, val
 
 
-def open_pictures(data, image_size, count=8):
-    """Images to look at: that of a file, or some of a folder or of a data set's held-out ones."""
+def open_pictures(data, image_size, out):
+    """Images to look at: that of a file, or 8 of a folder or of a data set's held-out ones."""
     if os.path.isfile(data):
         return Images([data], read_image, data)
-    if os.path.isdir(data) and len(images := folder_images(data)):
-        return images.split(count)[0]
-    return open_images(data, image_size, count)[1]
+    if os.path.isdir(data) and len(images := folder_images(data, [out])):
+        return images.split(8)[0]
+    return open_images(data, image_size, 8)[1]
 
 
 def fit_size(size, side, patch_size=1):

@@ -610,8 +610,9 @@ CONTRASTIVE_LOSSES = {"none": None, "dino": DINO, "moco": MoCo, "simclr": SimCLR
 def write_atomically(path, keep=None):
     """A binary file for a with statement: a temporary one, which is synced and renamed at the end,
     so that a kill leaves the old file or the new one. The old one moves to `keep`, if given."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f"{name[-40:]}.{os.getpid()}.tmp")  # names have a limit
     try:
         with open(temporary, "wb") as file:
             try:

@@ -423,7 +423,7 @@ def train(config):
     """One run of the objective of --task. Returns whether it is done."""
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_images, config.data, config.image_size,
-                                                 config.val_images)
+                                                 config.val_images, config.out)
     objective = make_objective(config, device)
     tokens = None
     if config.token_cache != "none" and objective.tokenizer:
@@ -843,7 +843,8 @@ SINKS = {"metrics.jsonl": metrics_file, "tensorboard": tensorboard}
 def log(*words):
     """Print once, whatever the number of processes, and without tearing the progress bar."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, words)))
+        text = " ".join(map(str, words))
+        tqdm.write(text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
         sys.stdout.flush()
 
 
@@ -879,6 +880,7 @@ def save_columns(path, columns):
 RUN_CHOICES = {"size": VIT_SIZES, "variant": VARIANTS, "schedule": SCHEDULES, "norm": NORMS,
                "optimizer": OPTIMIZERS}
 CHOICES = {**RUN_CHOICES, "mask": MASKS, "contrast": CONTRASTIVE_LOSSES}
+PATHS = {"data", "out", "weights", "tokenizer", "token_cache"}  # options that may be one
 OPEN_CHOICES = {"data": DATASETS, "tokenizer": TOKENIZERS}  # or another folder; or NAME:FILE
 
 
@@ -933,6 +935,12 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2) if rank() else leave(f"error: {message}", 2)
 
 
+def tidy(path):
+    """A path, or NAME:PATH, with ~ as the home folder and without a / at its end."""
+    return ":".join(os.path.normpath(os.path.expanduser(part)) if part else part
+                    for part in path.split(":"))
+
+
 def boolean(text):
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -958,7 +966,8 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
         elif kind is bool:  # --dry_run alone is true
             parser.add_argument(f"--{name}", type=boolean, nargs="?", const=True, help=text)
         else:
-            parser.add_argument(f"--{name}", type=str if names else kind, choices=names, help=text)
+            kind = tidy if name in PATHS else str if names else kind
+            parser.add_argument(f"--{name}", type=kind, choices=names, help=text)
     given = vars(parser.parse_args(argv))
     recipe = presets[given.pop("preset")]
     for epochs, steps in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
@@ -1276,7 +1285,7 @@ def fit_pca(config):
     are seen in training. Returns True: it takes only minutes and cannot be interrupted."""
     device, _ = setup_device(config)
     images, val_images = local_rank0_first(open_images, config.data, config.image_size,
-                                           config.val_images)
+                                           config.val_images, config.out)
     pca = TOKENIZERS["pca"].untrained(**asdict(config))
     if len(images) < world_size():
         raise BadInput(f"--data={config.data}: {len(images)} images are too few, one per process")
@@ -1321,7 +1330,7 @@ def reconstruct(config):
     trained = replace(config, task="mim", out=os.path.dirname(config.weights) or ".")
     objective = make_objective(trained, device).eval()
     patch_sizes = {"images": config.patch_size, "token_images": objective.tokenizer.downsample}
-    images = open_pictures(config.data, config.image_size)
+    images = open_pictures(config.data, config.image_size, config.out)
     for index in range(len(images)):
         picture = images.load(index, config.skip_bad_images)[0]
         height, width = fit_size(picture.shape[1:], config.image_size, config.patch_size)
@@ -1378,7 +1387,8 @@ def write_tokens(config):
     if config.tokenizer in PREREQUISITES:
         raise BadInput(f"--task=tokens: give a trained tokenizer, {config.tokenizer}:FILE")
     device, _ = setup_device(config)
-    images = local_rank0_first(open_images, config.data, config.image_size, config.val_images)[0]
+    images, _ = local_rank0_first(open_images, config.data, config.image_size, config.val_images,
+                                  config.out)
     objective = make_objective(config, device)
     if not hasattr(objective.tokenizer, "vocab_size"):
         raise BadInput(f"--task=tokens: --tokenizer={config.tokenizer} has no tokens")
@@ -1416,7 +1426,7 @@ def plan(config):
     device, dtype = setup_device(config)
     source = f"in {config.data}"
     try:
-        count = len(open_images(config.data, config.image_size, config.val_images)[0])
+        count = len(open_images(config.data, config.image_size, config.val_images, config.out)[0])
     except BadInput:
         count = 1_281_167
         source = f"assumed, as in ImageNet-1k: there is no --data={config.data} here"

@@ -2035,6 +2035,24 @@ def test_what_a_crash_leaves_in_the_folder(tmp_path, dvae, capsys):
     assert "tokens.json: damaged" in text
 
 
+def test_the_same_folder_is_the_same_however_it_is_written(tmp_path, monkeypatch, capsys):
+    """And what a run draws into a folder below --data is no image of it."""
+    make_folder(tmp_path / "data", 20)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--tokenizer=pixel", "--steps=2"]
+    plain = toy(tmp_path / "data/out", *words, f"--data={tmp_path}/data")
+    for data in ("~/data", "~/data//", f"{tmp_path}/x/../data/."):
+        pretrain.main([*TOY, *words, f"--data={data}", "--out=~/data/out/"])
+        assert "step 2 of 2" in capsys.readouterr().out
+    toy(tmp_path / "data/again", *words, "--data=~/data", "--out=~/data/out")
+    assert read_metrics(tmp_path / "data/out/metrics.jsonl") == plain
+    config = parse("--token_cache=~/c/", "--tokenizer=dvae:~/d.pt", "--weights=a//b.pt", "--data=")
+    assert config.token_cache == f"{tmp_path}/c" and config.tokenizer == f"dvae:{tmp_path}/d.pt"
+    assert config.weights == "a/b.pt" and config.data == ""
+    text = error_of(capsys, *TOY, *words, "--data=~/data", "--out=~/data/")
+    assert "is --out too" in text
+
+
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path):
     """No file may grow beyond some size after the first checkpoint: the system's error is as when
     the disk is full."""
