@@ -492,6 +492,7 @@ def predict(config):
     numbers = class_labels(config)
     colors = np.zeros((1 + max(255, *numbers), 3), np.uint8)
     colors[numbers] = palette(config.num_classes)
+    names = images.stems()
     for index in tqdm(local_shard(range(len(images))), "predicting", disable=no_progress_bar()):
         path = images.keys[index]
         image, found = images.load(index, config.skip_bad_images)
@@ -507,7 +508,7 @@ def predict(config):
             picture.putpalette(colors[:256].tobytes())
         photograph = v2.functional.to_pil_image(image)
         overlay = Image.blend(photograph, Image.fromarray(colors[labels]), 0.5)
-        name = stem(path, config.data) + ".png"
+        name = names[index] + ".png"
         for folder, drawn in (("labels", picture), ("overlay", overlay)):
             with write_atomically(os.path.join(config.out, folder, name)) as file:
                 drawn.save(file, "PNG")

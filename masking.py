@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import get_start_method
@@ -378,10 +379,20 @@ class Images:
         key = self.keys[index]
         return key if isinstance(key, str) else f"{self.source} image {key}"
 
+    def stems(self):
+        """For files about each image: its path below the source, without its ending if no other
+        image has the same then."""
+        paths = [os.path.relpath(key, self.source) if isinstance(key, str) else self.name(index)
+                 for index, key in enumerate(self.keys)]
+        stems = [os.path.splitext(path)[0] for path in paths]
+        counts = Counter(map(str.lower, stems))
+        return [path if counts[stem.lower()] > 1 else stem for path, stem in zip(paths, stems)]
+
     def stem(self, index):
-        """A name for files about the image."""
-        name = os.path.splitext(os.path.basename(self.name(index)))[0]
-        return re.sub(r"\W+", "_", name)
+        """The same for one image as a short name, without folders."""
+        names = [re.sub(r"\W+", "_", stem)[-60:] for stem in self.stems()]
+        name = names[index]
+        return name if names.count(name) == 1 else f"{name}_{index}"
 
     def load(self, index, skip_bad=False):
         """(image, its index): the image at `index` as uint8 (3, height, width). With `skip_bad` the
@@ -527,7 +538,7 @@ def open_images(data, image_size, val_images, out=""):
 def open_pictures(data, image_size, out):
     """Images to look at: that of a file, or 8 of a folder or of a data set's held-out ones."""
     if os.path.isfile(data):
-        return Images([data], read_image, data)
+        return Images([data], read_image, os.path.dirname(data))
     if os.path.isdir(data) and len(images := folder_images(data, [out])):
         return images.split(8)[0]
     return open_images(data, image_size, 8)[1]

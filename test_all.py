@@ -2035,6 +2035,31 @@ def test_what_a_crash_leaves_in_the_folder(tmp_path, dvae, capsys):
     assert "tokens.json: damaged" in text
 
 
+def test_each_picture_has_its_own_file(tmp_path, dvae, mapped):
+    """Names that differ by their folder, their ending or their case, long ones, and bytes that are
+    no UTF-8, which a Mac has not."""
+    data = tmp_path / "data"
+    for name in ("a/0.png", "b/0.png", "a_0.png", "c.png", "c.jpg", "C.bmp", "x" * 250 + ".png",
+                 os.fsdecode(b"\xff.png")):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        drawing(40, 0).save(data / name)
+    toy(tmp_path / "pre", f"--tokenizer=dvae:{dvae}", "--steps=1")
+    toy_cls(tmp_path / "cls", "--steps=1")
+    toy_seg(tmp_path / "seg", f"--data={mapped}", "--steps=1")
+    for script, task, run, pattern, count in (
+            (pretrain, "reconstruct", "pre", "reconstruction_*", 8),
+            (finetune_cls, "attention", "cls", "attention_*", 8),
+            (finetune_seg, "predict", "seg", "labels/**/*.png", 8),
+            (finetune_cls, "predict", "cls", "predictions.*", 2)):
+        out = tmp_path / task / run
+        weights = f"--weights={tmp_path}/{run}/checkpoint.pt"
+        script.main([f"--task={task}", f"--data={data}", weights, f"--out={out}"])
+        assert len(list(out.glob(pattern))) == count, task
+    assert {"c.jpg.png", "a_0.png"} <= set(os.listdir(tmp_path / "predict" / "seg" / "labels"))
+    rows = (tmp_path / "predict" / "cls" / "predictions.csv").read_bytes().splitlines()
+    assert any(row.startswith(b"\xff.png,") for row in rows)
+
+
 def test_the_same_folder_is_the_same_however_it_is_written(tmp_path, monkeypatch, capsys):
     """And what a run draws into a folder below --data is no image of it."""
     make_folder(tmp_path / "data", 20)
