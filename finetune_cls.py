@@ -41,9 +41,9 @@ from model import (
     Classifier, LinearProbes, ViT, load_weights, optional, read_network, write_atomically,
 )
 from pretrain import (
-    RUN_CHOICES, Free, Objective, RunConfig, all_reduce_sum, as_trained, autocast, check_range,
-    divide, evaluate, fit, local_rank0_first, log, need_weights, no_progress_bar, parse_args,
-    read_metrics, run, save_columns, setup_device, vit_config,
+    NETWORK, RUN_CHOICES, Free, Objective, RunConfig, all_reduce_sum, as_trained, autocast,
+    check_range, divide, evaluate, fit, local_rank0_first, log, need_weights, no_progress_bar,
+    parse_args, read_metrics, run, save_columns, setup_device, vit_config,
 )
 
 # ---- options -------------------------------------------------------------------------------------
@@ -199,6 +199,7 @@ class Classification(Objective):
 
 def train(config):
     """One run of the objective of --task. Returns whether it is done."""
+    config = as_trained(config)
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_labelled, config)
     torch.manual_seed(config.seed)
@@ -211,7 +212,7 @@ def train(config):
 
 def evaluate_weights(config):
     """--task=eval: the metrics of a fine-tuned network, and what it confuses."""
-    config = as_trained(config, "eval_crop", "probe_layer")
+    config = as_trained(config, *NETWORK, "eval_crop", "probe_layer")
     device, dtype = setup_device(config)
     known = read_network(config.weights)[2]
     objective_class = OBJECTIVES.get(known.get("config", {}).get("task"), Classification)
@@ -404,7 +405,7 @@ def knn(config):
     if world_size() > 1:
         raise BadInput("--task=knn runs in one process: start it without torchrun")
     check_range(config, 1, math.inf, "neighbours")
-    config = as_trained(config, "eval_crop")
+    config = as_trained(config, *NETWORK, "eval_crop")
     device, dtype = setup_device(config)
     train_images, val_images = open_labelled(config)
     model = ViT(vit_config(config, shared=False)).to(device).eval()
@@ -477,7 +478,7 @@ def confusion_table(matrix, classes):
 def predict(config):
     """OUT/predictions.csv: the five likeliest classes of each image in the folder --data, and
     OUT/predictions.png, a contact sheet. It needs no options but the files: --weights knows all."""
-    config = as_trained(config, "eval_crop")
+    config = as_trained(config, *NETWORK, "eval_crop")
     device, dtype = setup_device(config)
     images = folder_images(config.data, [config.out])
     if not len(images):
@@ -587,7 +588,7 @@ def read_curve(folder):
 def attention(config):
     """OUT/attention_NAME.png for a picture, or some of a folder or data set, at its own aspect:
     what each head of the last block looks at from one patch, framed in red (section 3.4)."""
-    config = as_trained(config)
+    config = as_trained(config, *NETWORK)
     device, _ = setup_device(config)
     arch = read_network(config.weights)[1]
     model = ViT(arch).to(device).eval()

@@ -38,8 +38,8 @@ from masking import (
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
-    RUN_CHOICES, Free, Objective, RunConfig, as_trained, autocast, check_range, evaluate, fit,
-    local_rank0_first, log, no_progress_bar, parse_args, run, setup_device, vit_config,
+    NETWORK, RUN_CHOICES, Free, Objective, RunConfig, as_trained, autocast, check_range, evaluate,
+    fit, local_rank0_first, log, no_progress_bar, parse_args, run, setup_device, vit_config,
 )
 
 IGNORE = -1  # label of pixels that count neither in the loss nor in the evaluation
@@ -182,8 +182,9 @@ def evaluate_weights(config):
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
-    if TASKS[config.task] is not train:  # the weights know how a run read label maps and images
-        config = as_trained(config, "num_classes", "ignore_zero", "label_values", "stride")
+    about = (*NETWORK, "num_classes", "ignore_zero", "label_values", "stride")
+    training = TASKS[config.task] is train  # else the weights know how to read images and maps
+    config = as_trained(config, *() if training else about)
     check(config)
     return TASKS[config.task](config)
 

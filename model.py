@@ -656,15 +656,24 @@ def read_checkpoint(path):
         with safe_globals([(Opaque, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
-        raise BadInput(f"{path}: damaged, or no checkpoint of plain tensors "
-                       f"({short_message(error)})") from error
+        with open(path, "rb") as file:
+            start = file.read(30).lstrip()
+        kinds = [kind for begin, kind in OTHER_FILES.items() if start.startswith(begin)]
+        about = f"{kinds[0]}; download the file itself" if kinds else short_message(error)
+        raise BadInput(f"{path}: damaged, or no checkpoint of plain tensors ({about})") from error
     return content if isinstance(content, dict) else {}
+
+
+# How files begin that people have in the place of a checkpoint
+OTHER_FILES = {b"version https://git-lfs": "a Git LFS pointer", b"<": "a web page",
+               b"\x1f\x8b": "a gzip, to be unpacked"}
 
 
 def short_message(error):
     """The line of an error that says what went wrong: torch's begin with advice or a headline."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    telling = ("WeightsUnpickler error", "Missing key", "Unexpected key", "size mismatch")
+    telling = ("WeightsUnpickler error", "Unsupported operand", "Missing key", "Unexpected key",
+               "size mismatch")
     return next((line for line in lines if line.startswith(telling)), lines[0])[:200]
 
 
@@ -768,9 +777,10 @@ def find_network(checkpoint):
 def read_network(path):
     """(weights under the official names, their ViTConfig, a dict of what else is known) of the BEiT
     in a transformers folder or a file: one of our checkpoints, an official .pth, a state dict of
-    timm or transformers, or what holds one of these. Where it does not say how many heads there
-    are, each has 64 channels (table 12). The dict has the "part" of the file that was read and, if
-    the file holds them, "config" (the run's options) and "classes" (their names)."""
+    timm or transformers, or what holds one of these. The number of heads that it does not say is
+    that of the size with its width and depth, or each has 64 channels (table 12). The dict has the
+    "part" of the file that was read, whether it has the "heads", and, if the file holds them,
+    "config" (the run's options) and "classes" (their names)."""
     path = str(path)
     checkpoint = read_folder(path) if os.path.isdir(path) else read_checkpoint(path)
     arch = checkpoint.get("arch")
@@ -787,6 +797,10 @@ def read_network(path):
         names = ", ".join([str(name) for name in checkpoint][:3]) or "no names"
         raise BadInput(f"{path}: no weights of a BEiT; it holds {names}; give a checkpoint or a "
                        "model's state_dict()")
+    with torch.device("meta"):
+        block = ViT(ViTConfig(16, 16, 1, 1, 1, position="relative", layer_scale=0.1)).state_dict()
+    if strange := [name for name in state if name.startswith("blocks.0.") and name not in block]:
+        raise BadInput(f"{path}: a ViT with {strange[0][9:]}, no BEiT")
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
     tables = [v for k, v in state.items() if k.endswith("relative_position_bias_table")]
     if "pos_embed" in state:
@@ -796,10 +810,12 @@ def read_network(path):
         shared = "rel_pos_bias.relative_position_bias_table" in state
         position = "shared_relative" if shared else "relative"
         grid = (math.isqrt(len(tables[0]) - 3) + 1) // 2 if tables else 14
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    heads = {(s["dim"], s["depth"]): s["heads"] for s in VIT_SIZES.values()}
+    known["heads"] = bool(tables) or "heads" in arch
     found = dict(
-        image_size=grid * patch, patch_size=patch, dim=dim, position=position,
-        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        heads=tables[0].shape[1] if tables else max(1, dim // 64),
+        image_size=grid * patch, patch_size=patch, dim=dim, depth=depth, position=position,
+        heads=tables[0].shape[1] if tables else heads.get((dim, depth), dim // 64 or 1),
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / dim,
         layer_scale=0.1 if "blocks.0.gamma_1" in state else 0.0,
     )
@@ -851,8 +867,8 @@ def load_weights(model, path, head=False):
     """Copy the weights in `path` (what read_network reads) into `model` by name. Positions for
     another image size are interpolated. A table that is shared by all layers is copied to layers
     with their own tables, and these become one by their mean. Heads and final norms keep their init
-    if they are missing or have another size, unless `head` asks for them. Returns three lines that
-    say what was loaded, left out and newly initialized. Raises BadInput naming the first tensor
+    if they are missing or have another size, unless `head` asks for them. Returns lines that say
+    what was loaded, left out, newly initialized and assumed. Raises BadInput naming the first tensor
     that is missing, has another shape or has no place."""
     state, config, known = read_network(path)
     target = model.state_dict()
@@ -883,9 +899,10 @@ def load_weights(model, path, head=False):
     model.load_state_dict(loaded, strict=False)
     new = [name for name in target if name not in loaded]
     part = f" ({known['part']})" if known["part"] else ""
+    heads = "" if known["heads"] else f"\nassumed, as it does not say: {model.config.heads} heads"
     return (f"loaded {len(loaded)} tensors from {path}{part}\n"
             f"left out: {', '.join(left_out) or 'none'}\n"
-            f"newly initialized: {', '.join(new) or 'none'}")
+            f"newly initialized: {', '.join(new) or 'none'}{heads}")
 
 
 # The beginnings of names that a network may lack or leave out

@@ -120,6 +120,8 @@ class RunConfig:
     tensorboard: Free[bool] = False  # also log for TensorBoard, which must be installed
     bench: Free[bool] = False  # measure the speed of loading, tokenizer, model, all; and stop
 
+    given = ()  # no option, but the names of those on the command line or in its preset
+
 
 @dataclass
 class Config(RunConfig):
@@ -421,6 +423,7 @@ def evaluate(objective, dataset, config, device, dtype, progress=1.0):
 
 def train(config):
     """One run of the objective of --task. Returns whether it is done."""
+    config = as_trained(config)
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                                  config.val_images, config.out)
@@ -889,6 +892,9 @@ def marked(config_class, mark):
     return {f.name for f in fields(config_class) if mark in getattr(f.type, "__metadata__", ())}
 
 
+NETWORK = ("size", "variant", *(f.name for f in fields(ViTConfig)))
+
+
 def vit_config(config, shared=True):
     """The ViTConfig of a run. In pre-training all layers of the released variant share a table of
     relative positions, in fine-tuning each has its own."""
@@ -899,12 +905,14 @@ def vit_config(config, shared=True):
 
 
 def as_trained(config, *names):
-    """`config` with the network, the norm and the options `names` as in the run that wrote
-    --weights, where they were left at their defaults: evaluation needs the weights alone."""
-    need_weights(config)
-    trained = read_network(config.weights)[2].get("config", {})
-    names = ("size", "variant", "norm", *(f.name for f in fields(ViTConfig)), *names)
-    taken = {name: trained[name] for name in names if name in trained
+    """`config` with the norm and the options `names` as in the run that wrote --weights, where they
+    were not given: evaluation needs the weights alone (names: NETWORK), training keeps the norm."""
+    if names:
+        need_weights(config)
+    known = read_network(config.weights)[2] if config.weights != "none" else {}
+    trained = known.get("config", {})
+    taken = {name: trained[name] for name in ("norm", *names)
+             if name in trained and name not in config.given
              and getattr(config, name) == getattr(type(config), name) != trained[name]}
     if taken:
         log("as it was trained:", *(f"{name} {value}" for name, value in taken.items()))
@@ -974,6 +982,7 @@ def parse_args(config_class, presets, choices, argv=None, doc=""):
         if epochs in given:  # a preset's steps would override them
             recipe = {**recipe, steps: 0}
     config = config_class(**{**recipe, **given})
+    config.given = {*recipe, *given}
     check_range(config, 1, math.inf, "image_size", "patch_size", "batch_size", "micro_batch",
                 "repeats")
     check_range(config, 0, math.inf, "steps", "warmup_epochs", "warmup_steps", "min_lr", "sam_rho",

@@ -10,6 +10,7 @@ import argparse
 import copy
 import csv
 import functools
+import gzip
 import itertools
 import json
 import math
@@ -1398,6 +1399,38 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.parametrize("size, heads", [("nano", 4), ("small", 6), ("other", 3)])
+def test_heads_of_a_state_dict_are_those_of_the_size_or_said_to_be_assumed(size, heads, tmp_path):
+    config = replace(NANO, dim=192, depth=1) if size == "other" else ViTConfig.named(size)
+    model = ViT(config)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert network.read_network(tmp_path / "w.pt")[1].heads == heads
+    said = f"assumed, as it does not say: {config.heads} heads"
+    assert said in load_weights(model, tmp_path / "w.pt")
+    save(model, tmp_path / "ours.pt")
+    assert network.read_network(tmp_path / "ours.pt")[1].heads == config.heads
+    assert "assumed" not in load_weights(model, tmp_path / "ours.pt")
+
+
+def test_what_is_no_beit_is_called_by_its_name(tmp_path):
+    timm = pytest.importorskip("timm")
+    foreign = timm.create_model("vit_small_patch14_dinov2", img_size=56, depth=1, num_classes=0)
+    key_bias = ViT(NANO).state_dict() | {"blocks.0.attn.k.bias": torch.zeros(128)}
+    path = tmp_path / "w.pth"
+    for content, message in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer; down"),
+        (b"\n<!DOCTYPE html><html>", "a web page; download"),
+        (gzip.compress(b"weights"), "a gzip"),
+        (b"value", "Unsupported operand"),
+        (foreign.state_dict(), "a ViT with ls1.gamma, no BEiT"),
+        (key_bias, "a ViT with attn.k.bias, no BEiT"),
+    ):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(BadInput, match=f"w.pth: .*{message}") as error:
+            load_weights(small(), path)
+        assert "weights_only" not in str(error.value)
+
+
 def test_no_file_runs_code(tmp_path, dalle):
     target = tmp_path / "owned"
     for name in ("encoder.pkl", "decoder.pkl", "w.pth"):
@@ -2661,6 +2694,34 @@ def test_a_classifier_is_the_start_of_another_with_other_classes(labelled, tmp_p
     assert report[1] == "left out: head.weight, head.bias"
     assert report[2] == "newly initialized: head.weight, head.bias"
     assert toy_cls(tmp_path / "run", f"--data={labelled}", f"--weights={weights}")[-1]["step"] == 6
+
+
+def test_every_task_keeps_the_norm_of_the_weights(labelled, mapped, tmp_path, capsys):
+    toy(tmp_path / "half", "--tokenizer=pixel", "--steps=1", "--norm=half")
+    weights = f"--weights={tmp_path}/half/checkpoint.pt"
+    probe = f"--preset=shapes_probe {' '.join(TOY_CLS[1:])} {weights} --patch_size=4"
+    for number, (script, options) in enumerate((
+            (pretrain, [*TOY, "--tokenizer=pixel"]), (finetune_cls, [*TOY_CLS, "--patch_size=4"]),
+            (finetune_cls, probe.split()), (finetune_seg, [*TOY_SEG, "--patch_size=4"]))):
+        data = f"--data={mapped if script is finetune_seg else labelled}"
+        words = [*options, data, weights, "--steps=1"]
+        for more, norm in (([], "half"), (["--norm=imagenet"], "imagenet")):
+            out = tmp_path / f"{number}{norm}"
+            capsys.readouterr()
+            script.main([*words, f"--out={out}", *more])
+            assert saved(out)["config"]["norm"] == norm
+            assert ("as it was trained: norm half" in capsys.readouterr().out) == (norm == "half")
+
+
+def test_an_option_counts_as_given_at_its_default_too(labelled, tmp_path, capsys):
+    toy_cls(tmp_path, f"--data={labelled}", "--steps=1")
+    words = ["--task=eval", f"--data={labelled}", f"--weights={tmp_path}/checkpoint.pt"]
+    sides = []
+    for more in ([], ["--image_size=224"], ["--image_size=64"]):
+        config = pretrain.as_trained(parse(*words, *more, script=finetune_cls), *pretrain.NETWORK)
+        sides.append(config.image_size)
+    assert sides == [32, 224, 64]
+    assert "cls_token is" in error_of(capsys, *words, "--size=base", script=finetune_cls)
 
 
 def test_sharpness_aware_minimization_by_hand(labelled, tmp_path):
