@@ -21,6 +21,7 @@ import io
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,8 +34,8 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
-    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, copy_to, derive_seed, evenly, fit_size,
-    folder_images, make_loader, named_images, normalize, open_pictures, rank,
+    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, copy_to, derive_seed, evenly, find_parts,
+    fit_size, folder_images, make_loader, named_images, normalize, open_pictures, rank,
     read_image, world_size,
 )
 from model import (
@@ -217,6 +218,11 @@ def evaluate_weights(config):
     known = read_network(config.weights)[2]
     objective_class = OBJECTIVES.get(known.get("config", {}).get("task"), Classification)
     images = local_rank0_first(open_labelled, config, known.get("classes"), False)[1]
+    names = images.classes or []
+    if "classes" not in known and names and all(map(str.isdecimal, names)):
+        if names != sorted(names, key=int):
+            raise BadInput(f"--weights={config.weights}: names no classes, so 10 may stand before "
+                           "or after 2; name the folders 02 and 10, in the order of its classes")
     objective = objective_class(config, images, trained=True).to(device)
     dataset = LabelledViews(images, config, False, objective.label)
     metrics = evaluate(objective, dataset, config, device, dtype)
@@ -240,22 +246,27 @@ def main(argv=None):
 def open_labelled(config, classes=None, needs_training=True):
     """(training images, held-out ones) with labels, of --data: a name in DATASETS, or a folder as
     the top of this file says. Its labels number `classes`, or else the folder's own classes."""
-    train_folder = os.path.join(config.data, "train")
-    val_folder = os.path.join(config.data, "val")
     if named := named_images(config.data, config.image_size):
         train, val = named
-    elif os.path.isdir(train_folder) or os.path.isdir(val_folder):
-        train = val = open_classes(val_folder, classes, [config.out])
+    elif parts := os.path.isdir(config.data) and find_parts(config.data):
+        train = val = open_classes(parts[1], classes, [config.out])
         if needs_training:
-            train = open_classes(train_folder, classes, [*val.keys, config.out])
+            train = open_classes(parts[0], classes, [*val.keys, config.out])
     else:
         images = open_classes(config.data, classes, [config.out])
-        val, train = images.split(max(1, len(images) // 10))
+        counts = Counter(map(images.read_label, images.keys))
+        common = [key for key in images.keys if counts[images.read_label(key)] > 1]
+        val = replace(images, keys=common).split(max(1, len(common) // 10))[0]
+        held_out = set(val.keys)  # never the only image of a class
+        train = replace(images, keys=[key for key in images.keys if key not in held_out])
     if not train.read_label or not val.read_label:
         raise BadInput(f"--data={config.data}: has no labels")
     if odd := set(train.classes or ()) ^ set(val.classes or ()):
         raise BadInput(f"--data={config.data}: {len(train.classes)} classes in train/, "
                        f"{len(val.classes)} in val/; {min(odd)} is in one only")
+    if len(train.classes or "no") < 2 or not len(val):
+        raise BadInput(f"--data={config.data}: {len(train.classes)} classes, {len(val)} images to "
+                       "hold out; give a folder with a folder per class, and two images in one")
     if config.labels_per_class:
         labels = np.array([train.read_label(key) for key in train.keys])
         order = np.random.default_rng(config.seed).permutation(len(labels))

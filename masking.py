@@ -27,6 +27,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
 
 BICUBIC = InterpolationMode.BICUBIC
 Image.MAX_IMAGE_PIXELS = None  # phones take more than Pillow opens by default
@@ -288,6 +289,14 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))  # processes that torchrun started
 
 
+def log(*words):
+    """Print once, whatever the number of processes, and without tearing the progress bar."""
+    if rank() == 0:
+        text = " ".join(map(str, words))
+        tqdm.write(text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
+        sys.stdout.flush()
+
+
 def derive_seed(*key):
     """A 64-bit seed from a few integers such as (seed, epoch, index): the same everywhere."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
@@ -424,17 +433,38 @@ class Images:
         return self.subset(taken), self.subset(rest.tolist())
 
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff",
+           ".ppm", ".pgm", ".pnm", ".jp2", ".tga", ".gif")
+# of macOS's archives, of storage servers, of Windows and of Linux
+SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
+                  "$recycle.bin", "system volume information", "lost+found"}
+PARTS = ("train", "training"), ("val", "valid", "validation", "test", "testing")
+
+
+def is_hidden(name):
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def find_parts(data):
+    """(folder of the training images, folder of the held-out ones) of a folder that has one or both
+    of them, else None: train/ beside other folders than these is a class."""
+    folders = {entry.name.lower(): entry.path for entry in os.scandir(data)
+               if entry.is_dir() and not is_hidden(entry.name)}
+    train, val = ([folders[name] for name in part if name in folders] for part in PARTS)
+    if not val and (not train or folders.keys() - PARTS[0]):
+        return None
+    return [*train, os.path.join(data, "train")][0], [*val, os.path.join(data, "val")][0]
 
 
 def folder_images(folder, without=()):
     """All images in a folder and below it, in the order of their paths. A file counts once, even if
     several links lead to it, and not at all if a path in `without` leads to it or to its folder.
-    Hidden files and folders are left out, and the folders that macOS adds to archives."""
+    Hidden files and folders are left out, and those of systems. Logs what was found."""
     held_out = {os.path.realpath(path) for path in without if path}
     if os.path.realpath(folder) in held_out:
         raise BadInput(f"{folder}: is --out too, whose pictures are no data; give another --out")
     found = {}  # real path -> path
+    left_out = Counter()  # by reason
     visited = set(held_out)
     folders = [folder] if os.path.isdir(folder) else []
     links = []  # to folders, after the real ones: the real path of a file is preferred
@@ -450,16 +480,30 @@ def folder_images(folder, without=()):
             raise BadInput(f"{where}: cannot be read ({error.strerror})") from error
         for entry in entries:
             is_link = entry.is_symlink()
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
+            if is_hidden(entry.name):
+                left_out["hidden" if entry.name[0] == "." else entry.name] += 1
+            elif entry.is_dir():
                 (links if is_link else folders).append(entry.path)
             elif entry.name.lower().endswith(ENDINGS):
                 file = os.path.realpath(entry.path) if is_link else os.path.join(real, entry.name)
+                if file in found or file in held_out:
+                    left_out["seen elsewhere"] += 1
                 if not is_link or file not in found:
                     found[file] = entry.path
-    kept = [path for file, path in found.items() if file not in held_out]
-    return Images(sorted(kept), read_image, folder)
+            else:
+                left_out[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
+    kept = sorted(path for file, path in found.items() if file not in held_out)
+    places = (path.removeprefix(f"{folder}{os.sep}").partition(os.sep) for path in kept)
+    inside = Counter(place for place, below, _ in places if below)
+    log(f"{folder}: {len(kept):,} images; {len(inside)} folders: {listed(inside)}; left out: "
+        f"{listed(left_out)}")
+    return Images(kept, read_image, folder)
+
+
+def listed(counts):
+    """The first ten of {name: number} in words."""
+    words = [f"{name} {count:,}" for name, count in counts.items()]
+    return ", ".join(words[:10] + ["..."] * (len(words) > 10)) or "none"
 
 
 def read_image(path):
@@ -520,9 +564,9 @@ def open_images(data, image_size, val_images, out=""):
         train, val = named
     elif not os.path.isdir(data):
         raise BadInput(f"--data={data}: no such folder, and none of {', '.join(DATASETS)}")
-    elif os.path.isdir(os.path.join(data, "train")):
-        val = folder_images(os.path.join(data, "val"), [out])
-        train = folder_images(os.path.join(data, "train"), [*val.keys, out])
+    elif (parts := find_parts(data)) and os.path.isdir(parts[0]):
+        val = folder_images(parts[1], [out])
+        train = folder_images(parts[0], [*val.keys, out])
     else:
         train = folder_images(data, [out])
         val = []

@@ -868,7 +868,7 @@ def load_weights(model, path, head=False):
     another image size are interpolated. A table that is shared by all layers is copied to layers
     with their own tables, and these become one by their mean. Heads and final norms keep their init
     if they are missing or have another size, unless `head` asks for them. Returns lines that say
-    what was loaded, left out, newly initialized and assumed. Raises BadInput naming the first tensor
+    what was loaded, left out, newly initialized, assumed. Raises BadInput naming the first tensor
     that is missing, has another shape or has no place."""
     state, config, known = read_network(path)
     target = model.state_dict()

@@ -53,8 +53,8 @@ from tqdm import tqdm
 from masking import (
     BICUBIC, DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all,
     batches_of_steps, denormalize, derive_seed, draw_mask, evenly, fit_size, local_shard,
-    make_loader, micro_batches, network_inputs, normalize, open_images, open_pictures, permutation,
-    rank, ssl_augment, world_size,
+    log, make_loader, micro_batches, network_inputs, normalize, open_images, open_pictures,
+    permutation, rank, ssl_augment, world_size,
 )
 from model import (
     CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
@@ -841,14 +841,6 @@ def tensorboard(config, start):
 # Where records go. (config, the step a run starts at) make a function of a record, or None if the
 # config does not want this sink.
 SINKS = {"metrics.jsonl": metrics_file, "tensorboard": tensorboard}
-
-
-def log(*words):
-    """Print once, whatever the number of processes, and without tearing the progress bar."""
-    if rank() == 0:
-        text = " ".join(map(str, words))
-        tqdm.write(text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
-        sys.stdout.flush()
 
 
 def no_progress_bar():

@@ -485,6 +485,33 @@ def test_folders_are_searched_recursively_and_split(tmp_path):
     assert len(train) == 9 and len(val) == 5 and "/val/" in val.name(0)
 
 
+@pytest.mark.parametrize("folders, expected", [
+    ("train val", "train val"), ("Train Val", "Train Val"), ("train", "train val"),
+    ("Training TESTING", "Training TESTING"), ("train val test extra .git", "train val"),
+    ("train @eaDir", "train val"), ("train valid", "train valid"), ("train ape", ""),
+    ("ape bee", ""), ("", ""), ("ape bee test", "train test"),
+])
+def test_parts_of_a_folder(folders, expected, tmp_path):
+    for name in folders.split():
+        (tmp_path / name).mkdir()
+    found = masking.find_parts(tmp_path) or ()
+    assert [os.path.basename(part) for part in found] == expected.split()
+
+
+def test_what_was_found_is_said_and_systems_folders_are_none(tmp_path, capsys):
+    for name in ("ape/0.jfif", "ape/1.JPE", "bee/0.png", "bee/1.heic", "bee/notes.txt",
+                 "bee/.0.png", "@eaDir/0.png", "bee/#recycle/0.png", "lost+found/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        drawing(8, 0).save(tmp_path / name, "JPEG" if "j" in name.lower()[-4:] else "PNG")
+    (tmp_path / "cow.png").symlink_to(tmp_path / "bee" / "0.png")
+    images = masking.folder_images(str(tmp_path))
+    assert images.stems() == ["ape/0", "ape/1", "bee/0"]
+    said = capsys.readouterr().out
+    assert "3 images; 2 folders: ape 2, bee 1; left out: " in said
+    for name in (".heic", ".txt", "hidden", "@eaDir", "#recycle", "lost+found", "seen elsewhere"):
+        assert f"{name} 1" in said
+
+
 def test_only_the_outline_of_a_shape_identifies_its_class():
     draws = [masking.draw_shapes(48, 0, index) for index in range(1500)]
     labels = np.array([label for _, label, _ in draws])
@@ -2696,6 +2723,36 @@ def test_a_classifier_is_the_start_of_another_with_other_classes(labelled, tmp_p
     assert toy_cls(tmp_path / "run", f"--data={labelled}", f"--weights={weights}")[-1]["step"] == 6
 
 
+def test_each_class_keeps_a_training_image_and_there_are_two(tmp_path, capsys):
+    for name in ("ape/0", *(f"bee/{number}" for number in range(19)), "cow/0"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        drawing(8, 0).save(tmp_path / f"{name}.png")
+    train, val = finetune_cls.open_labelled(finetune_cls.Config(data=str(tmp_path)))
+    assert val.stems() == ["bee/0"] and len(train) == 20 and not {*train.keys} & {*val.keys}
+    words = [*TOY_CLS, f"--out={tmp_path}/out"]
+    text = error_of(capsys, *words, f"--data={tmp_path}/bee", script=finetune_cls)
+    assert "is in no class" in text
+    (tmp_path / "more").mkdir()
+    for name in ("bee", "ape", "cow"):
+        (tmp_path / name).rename(tmp_path / "more" / name)
+    assert "1 classes" in error_of(capsys, *words, f"--data={tmp_path}", script=finetune_cls)
+
+
+def test_numbered_folders_without_names_in_the_weights(tmp_path, capsys):
+    """As text 10 stands before 2, as a number after it; with 02 there is no doubt."""
+    model = Classifier(ViTConfig.named("nano", image_size=32, patch_size=8), 12)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    words = ["--task=eval", f"--weights={tmp_path}/w.pt", f"--data={tmp_path}/data", "--size=nano",
+             "--image_size=32", "--patch_size=8"]
+    for number in range(12):
+        (tmp_path / "data" / "val" / str(number)).mkdir(parents=True)
+        drawing(32, number).save(tmp_path / "data" / "val" / str(number) / "0.png")
+    assert "name the folders 02" in error_of(capsys, *words, script=finetune_cls)
+    for number in range(10):
+        (tmp_path / "data/val" / str(number)).rename(tmp_path / "data/val" / f"0{number}")
+    assert "val_top1" in finetune_cls.main(words)
+
+
 def test_every_task_keeps_the_norm_of_the_weights(labelled, mapped, tmp_path, capsys):
     toy(tmp_path / "half", "--tokenizer=pixel", "--steps=1", "--norm=half")
     weights = f"--weights={tmp_path}/half/checkpoint.pt"
@@ -2876,7 +2933,8 @@ def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys, monkeypatch
 
 def test_bad_input_of_classification_gets_one_line(labelled, tmp_path, capsys):
     for place in ("noval/train/a", "differ/train/a", "differ/train/b", "differ/val/a",
-                  "loose/train", "loose/val", "cut/train/a", "cut/val/a"):
+                  "loose/train", "loose/val", "cut/train/a", "cut/val/a", "cut/train/b",
+                  "cut/val/b"):
         (tmp_path / place).mkdir(parents=True)
         for number in range(8):
             Image.effect_noise((64, 64), 50).save(tmp_path / place / f"{number}.jpg")
