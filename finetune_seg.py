@@ -301,12 +301,13 @@ def open_segmented(config):
         if train.read_label_map is None:
             raise BadInput(f"--data={config.data}: has no label maps to learn segmentation from")
     else:
-        val = open_folder(config.data, "validation")
-        train = open_folder(config.data, "training", without=val.keys)
+        colors = {}  # of the numbers in label maps with palettes
+        val = open_folder(config.data, "validation", colors)
+        train = open_folder(config.data, "training", colors, without=val.keys)
     return train, val.split(config.val_images or len(val))[0]
 
 
-def open_folder(data, part, without=()):
+def open_folder(data, part, colors, without=()):
     """The images of one part of a folder in ADE20K's layout, with the label maps of their names."""
     folder = os.path.join(data, "images", part)
     maps_folder = os.path.join(data, "annotations", part)
@@ -314,22 +315,30 @@ def open_folder(data, part, without=()):
     if not len(images):
         raise BadInput(f"{folder}: no such folder, or no images in it; --data holds images/ and "
                        "annotations/, each with training/ and validation/")
-    by_stem = {stem(path, maps_folder): path for path in folder_images(maps_folder).keys}
-    label_maps = {path: by_stem.get(stem(path, folder)) for path in images.keys}
+    maps = by_stem(folder_images(maps_folder), maps_folder)
+    label_maps = {path: maps.get(name) for name, path in by_stem(images, folder).items()}
     for path, label_map in label_maps.items():
         if label_map is None:
             raise BadInput(f"{path}: has no label map of its name in {maps_folder}")
-    return replace(images, read_label_map=functools.partial(read_label_map, label_maps))
+    return replace(images, read_label_map=functools.partial(
+        read_label_map, label_maps, colors=colors))
 
 
-def stem(path, folder):
-    return os.path.splitext(os.path.relpath(path, folder))[0]
+def by_stem(images, folder):
+    """{path below the folder, without its ending: path}."""
+    found = {}
+    for path in images.keys:
+        other = found.setdefault(os.path.splitext(os.path.relpath(path, folder))[0], path)
+        if other != path:
+            raise BadInput(f"{other} and {path}: an image has one label map of its name, and a map "
+                           "one image; leave one of them there")
+    return found
 
 
-def read_label_map(label_maps, path):
+def read_label_map(label_maps, path, colors=None):
     """The label map of the image at a path, seen upright. It is turned like the image if it has the
-    size of the image's stored pixels, before EXIF's quarter turn."""
-    labels = read_labels(label_maps[path])
+    size of the image's stored pixels, before EXIF's quarter turn. `colors`: see read_labels."""
+    labels = read_labels(label_maps[path], colors)
     with Image.open(path) as image:
         width, height = image.size
         tiff = image.format == "TIFF"  # Pillow turns it itself
@@ -339,22 +348,41 @@ def read_label_map(label_maps, path):
     return labels
 
 
-def read_labels(path):
-    """The numbers in a label map of 8, 16 or 32 bits or with a palette, (height, width) int64."""
+def read_labels(path, colors=None):
+    """The numbers in a label map of 8, 16 or 32 bits or with a palette, (height, width) int64.
+    `colors` are those of the numbers in the palettes that were read before."""
     try:
         with Image.open(path) as image:
             lossy = image.format == "JPEG"
-            labels = np.asarray(ImageOps.exif_transpose(image))
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("LA", "PA", "RGBA"):  # what is transparent has a label too
+                image = image.convert(image.mode[:-1])
+            labels = np.asarray(image)
+            palette = image.getpalette() if image.mode == "P" else None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise BadInput(f"{path}: cannot be read as a label map ({error})") from error
     if lossy:
         raise BadInput(f"{path}: a JPEG; its compression makes up labels. Save label maps as PNG")
-    if labels.ndim == 3 and (labels[..., :3] == labels[..., :1]).all():
+    if labels.ndim == 3 and (labels == labels[..., :1]).all():
         labels = labels[..., 0]  # gray, saved as a color image
     if labels.ndim != 2 or labels.dtype.kind == "f" or labels.min() < 0:
         raise BadInput(f"{path}: a label map has one channel of whole numbers, those of the "
                        "classes; this holds colors or other numbers")
+    if palette and colors is not None:
+        check_palette(path, labels, np.reshape(palette, (-1, 3)), colors)
     return labels.astype(np.int64)
+
+
+def check_palette(path, labels, palette, colors):
+    """Raise BadInput if the labels mean other colors than in the maps before, which `colors` are
+    of, or if they only number the grays of a map that a program made smaller."""
+    gray = (palette == palette[:, :1]).all()
+    for number in np.flatnonzero(np.bincount(labels.ravel())[: len(palette)]).tolist():
+        color = tuple(palette[number].tolist())
+        wanted = (number,) * 3 if gray else colors.setdefault(number, color)
+        if color != wanted:
+            raise BadInput(f"{path}: {number} has the color {color} in its palette, not {wanted} "
+                           "as in others or in gray; save label maps in gray or with one palette")
 
 
 def class_labels(config):

@@ -3100,6 +3100,45 @@ def test_label_maps_of_every_kind(tmp_path):
         assert found.tolist() == [list(expected)], options
 
 
+def test_label_maps_with_alpha_and_with_palettes_that_differ(tmp_path, capsys):
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4) % 3
+    for mode, bands in (("LA", 1), ("RGBA", 3), ("PA", 1)):
+        alpha = np.arange(12, dtype=np.uint8).reshape(3, 4)
+        picture = Image.fromarray(np.stack([labels] * bands + [alpha], 2), mode)
+        path = tmp_path / ("a.tif" if mode == "PA" else "a.png")
+        picture.save(path)
+        assert np.array_equal(finetune_seg.read_labels(path), labels), mode
+    table = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]], np.uint8)
+    ramp = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
+    order, colors = np.array([0, 2, 1, 3]), {}
+
+    def read(palette, values=labels):
+        picture = Image.fromarray(values)
+        picture.putpalette(palette.tobytes())
+        picture.save(tmp_path / "a.png")
+        return finetune_seg.read_labels(tmp_path / "a.png", colors)
+
+    for palette in (table, table[:3], table, ramp):  # a palette may lack what does not occur
+        assert np.array_equal(read(palette), labels)
+    for palette in (table[order], ramp[[0, 90, 180]]):
+        with pytest.raises(BadInput, match=r"a.png: [12] has the color \(.*one palette"):
+            read(palette)
+
+
+def test_one_label_map_for_an_image(tmp_path, capsys):
+    def draw():
+        return drawing(32, 0), Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32) % 4)
+
+    data = make_mapped(tmp_path / "data", draw)
+    words = [*TOY_SEG, f"--data={data}", f"--out={tmp_path}/out"]
+    for kind, ending in (("images", "jpg"), ("annotations", "tif")):
+        second = data / kind / "training" / f"3.{ending}"
+        drawing(32, 0).save(second)
+        text = error_of(capsys, *words, script=finetune_seg)
+        assert f"3.{ending}" in text and "3.png" in text and "leave one" in text
+        second.unlink()
+
+
 @pytest.mark.parametrize("turn, rotations", [(1, 0), (3, 2), (6, 3), (8, 1)])
 def test_label_maps_are_upright_unless_their_size_says_otherwise(turn, rotations, tmp_path):
     """EXIF's 3 is to be turned by 180 degrees, 6 by 90 clockwise, 8 by 90 the other way."""
