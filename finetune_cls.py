@@ -21,7 +21,6 @@ import io
 import math
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -218,11 +217,10 @@ def evaluate_weights(config):
     known = read_network(config.weights)[2]
     objective_class = OBJECTIVES.get(known.get("config", {}).get("task"), Classification)
     images = local_rank0_first(open_labelled, config, known.get("classes"), False)[1]
-    names = images.classes or []
-    if "classes" not in known and names and all(map(str.isdecimal, names)):
-        if names != sorted(names, key=int):
-            raise BadInput(f"--weights={config.weights}: names no classes, so 10 may stand before "
-                           "or after 2; name the folders 02 and 10, in the order of its classes")
+    numbers = [int(name) for name in images.classes or () if name.isdecimal()]
+    if "classes" not in known and numbers != sorted(numbers):
+        raise BadInput(f"--weights={config.weights}: names no classes, so 10 may stand before or "
+                       "after 2; name the folders 02 and 10, in the order of its classes")
     objective = objective_class(config, images, trained=True).to(device)
     dataset = LabelledViews(images, config, False, objective.label)
     metrics = evaluate(objective, dataset, config, device, dtype)
@@ -254,11 +252,10 @@ def open_labelled(config, classes=None, needs_training=True):
             train = open_classes(parts[0], classes, [*val.keys, config.out])
     else:
         images = open_classes(config.data, classes, [config.out])
-        counts = Counter(map(images.read_label, images.keys))
-        common = [key for key in images.keys if counts[images.read_label(key)] > 1]
-        val = replace(images, keys=common).split(max(1, len(common) // 10))[0]
-        held_out = set(val.keys)  # never the only image of a class
-        train = replace(images, keys=[key for key in images.keys if key not in held_out])
+        kept = {images.read_label(key): key for key in images.keys}.values()  # one of each class
+        others = images.subset([i for i, key in enumerate(images.keys) if key not in kept])
+        val, train = others.split(max(1, len(others) // 10))
+        train.keys = sorted([*train.keys, *kept])
     if not train.read_label or not val.read_label:
         raise BadInput(f"--data={config.data}: has no labels")
     if odd := set(train.classes or ()) ^ set(val.classes or ()):
@@ -607,7 +604,7 @@ def attention(config):
     patch = arch.patch_size
     glow = torch.tensor([1.0, 0.8, 0.2]).view(3, 1, 1)
     images = local_rank0_first(open_pictures, config.data, arch.image_size, config.out)
-    for index in range(len(images)):
+    for index, stem in enumerate(images.stems()):
         picture = images.load(index, config.skip_bad_images)[0]
         height, width = fit_size(picture.shape[1:], arch.image_size, patch)
         row, column = height // 2, width // 2
@@ -627,7 +624,7 @@ def attention(config):
         box = torch.cat([corner, corner + patch - 1])[None]
         framed = [draw_bounding_boxes(panel, box, colors="red")[None] for panel in panels]
         titles = ["query"] + [f"head {number}" for number in range(len(heat))]
-        path = os.path.join(config.out, f"attention_{images.stem(index)}.png")
+        path = os.path.join(config.out, f"attention_{stem}.png")
         save_columns(path, dict(zip(titles, framed, strict=True)))
         log("wrote", path)
 

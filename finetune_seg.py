@@ -34,7 +34,7 @@ from tqdm import tqdm
 from finetune_cls import confusion
 from masking import (
     BadInput, copy_to, denormalize, derive_seed, evenly, fit_size, folder_images, local_shard,
-    named_images, normalize, permutation, turned, world_size,
+    named_images, normalize, permutation, world_size,
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
@@ -156,6 +156,7 @@ class Segmentation(Objective):
 
 def train(config):
     """One run. Returns whether it is done."""
+    config = as_trained(config)
     device, dtype = setup_device(config)
     train_images, val_images = local_rank0_first(open_segmented, config)
     count_labels(train_images, config)
@@ -182,9 +183,9 @@ def evaluate_weights(config):
 
 def main(argv=None):
     config = parse_args(Config, PRESETS, {**RUN_CHOICES, "task": TASKS}, argv, __doc__)
-    about = (*NETWORK, "num_classes", "ignore_zero", "label_values", "stride")
-    training = TASKS[config.task] is train  # else the weights know how to read images and maps
-    config = as_trained(config, *() if training else about)
+    if TASKS[config.task] is not train:  # the weights know how a run read label maps and images
+        names = ("num_classes", "ignore_zero", "label_values", "stride")
+        config = as_trained(config, *NETWORK, *names)
     check(config)
     return TASKS[config.task](config)
 
@@ -320,8 +321,7 @@ def open_folder(data, part, colors, without=()):
     for path, label_map in label_maps.items():
         if label_map is None:
             raise BadInput(f"{path}: has no label map of its name in {maps_folder}")
-    return replace(images, read_label_map=functools.partial(
-        read_label_map, label_maps, colors=colors))
+    return replace(images, read_label_map=functools.partial(read_label_map, label_maps, colors))
 
 
 def by_stem(images, folder):
@@ -335,22 +335,23 @@ def by_stem(images, folder):
     return found
 
 
-def read_label_map(label_maps, path, colors=None):
+def read_label_map(label_maps, colors, path):
     """The label map of the image at a path, seen upright. It is turned like the image if it has the
     size of the image's stored pixels, before EXIF's quarter turn. `colors`: see read_labels."""
     labels = read_labels(label_maps[path], colors)
     with Image.open(path) as image:
         width, height = image.size
-        tiff = image.format == "TIFF"  # Pillow turns it itself
-        turn = None if tiff else image.getexif().get(ExifTags.Base.Orientation)
-    if turn in (5, 6, 7, 8) and width != height and labels.shape == (height, width):
-        labels = turned(torch.from_numpy(labels)[None], turn)[0].numpy()
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
+    if turn >= 5 and width != height and labels.shape == (height, width):  # the quarter turns
+        stored = Image.fromarray(labels.astype(np.int32))
+        stored.getexif()[ExifTags.Base.Orientation] = turn
+        labels = np.asarray(ImageOps.exif_transpose(stored)).astype(np.int64)
     return labels
 
 
-def read_labels(path, colors=None):
-    """The numbers in a label map of 8, 16 or 32 bits or with a palette, (height, width) int64.
-    `colors` are those of the numbers in the palettes that were read before."""
+def read_labels(path, colors):
+    """The numbers in a label map of 8, 16 or 32 bits or with a palette, (height, width) int64. In
+    all palettes they are to have the same `colors`, a dict that grows; in a gray one their own."""
     try:
         with Image.open(path) as image:
             lossy = image.format == "JPEG"
@@ -358,7 +359,7 @@ def read_labels(path, colors=None):
             if image.mode in ("LA", "PA", "RGBA"):  # what is transparent has a label too
                 image = image.convert(image.mode[:-1])
             labels = np.asarray(image)
-            palette = image.getpalette() if image.mode == "P" else None
+            palette = image.getpalette() if image.mode == "P" else []
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
         raise BadInput(f"{path}: cannot be read as a label map ({error})") from error
     if lossy:
@@ -368,21 +369,15 @@ def read_labels(path, colors=None):
     if labels.ndim != 2 or labels.dtype.kind == "f" or labels.min() < 0:
         raise BadInput(f"{path}: a label map has one channel of whole numbers, those of the "
                        "classes; this holds colors or other numbers")
-    if palette and colors is not None:
-        check_palette(path, labels, np.reshape(palette, (-1, 3)), colors)
-    return labels.astype(np.int64)
-
-
-def check_palette(path, labels, palette, colors):
-    """Raise BadInput if the labels mean other colors than in the maps before, which `colors` are
-    of, or if they only number the grays of a map that a program made smaller."""
-    gray = (palette == palette[:, :1]).all()
-    for number in np.flatnonzero(np.bincount(labels.ravel())[: len(palette)]).tolist():
+    palette = np.reshape(palette, (-1, 3))
+    gray = (palette == palette[:, :1]).all()  # of a map that a program made smaller
+    for number in np.unique(labels[labels < len(palette)]).tolist():
         color = tuple(palette[number].tolist())
         wanted = (number,) * 3 if gray else colors.setdefault(number, color)
         if color != wanted:
-            raise BadInput(f"{path}: {number} has the color {color} in its palette, not {wanted} "
-                           "as in others or in gray; save label maps in gray or with one palette")
+            raise BadInput(f"{path}: {number} has the color {color} in its palette, not {wanted}; "
+                           "save all label maps in gray or with one palette")
+    return labels.astype(np.int64)
 
 
 def class_labels(config):

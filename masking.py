@@ -20,7 +20,7 @@ from multiprocessing import get_start_method
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -168,15 +168,14 @@ class Views(Dataset):
             return sample
         if config.cache_epochs:
             epoch %= config.cache_epochs
-        rng = np.random.default_rng([config.seed, epoch, index, 1])
-        rows, columns = draw_crop(*image.shape[1:], config.crop_min, rng)
-        crop = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
-        flipped = rng.random() < 0.5
+        torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index))
+        box = transforms.RandomResizedCrop.get_params(image, [config.crop_min, 1], [3 / 4, 4 / 3])
+        crop = TF.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
+        flipped = torch.rand(()) < 0.5
         for name, size in self.sizes.items():
             view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
             sample[name] = view.flip(2) if flipped else view
-        factors = rng.uniform(max(0, 1 - config.jitter), 1 + config.jitter, 3)
-        sample["jitter"] = torch.from_numpy(factors.astype(np.float32))
+        sample["jitter"] = torch.empty(3).uniform_(max(0, 1 - config.jitter), 1 + config.jitter)
         if self.tokens is not None:
             sample["tokens"] = torch.from_numpy(self.tokens[epoch, index].astype(np.int64))
         for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
@@ -195,26 +194,6 @@ def ssl_augment(size, area):
         transforms.RandomGrayscale(0.2),
         transforms.RandomApply([blur], 0.5),
     ])
-
-
-def draw_crop(height, width, least, rng):
-    """(rows, columns), two slices, of a random crop as torchvision's RandomResizedCrop has it: with
-    `least` to all of the area, an aspect log-uniform in [3/4, 4/3]; the middle if no draw fits."""
-    for _ in range(10):
-        area = height * width * rng.uniform(least, 1)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w = round(math.sqrt(area * aspect))
-        h = round(math.sqrt(area / aspect))
-        if 0 < h <= height and 0 < w <= width:
-            top = rng.integers(height - h + 1)
-            left = rng.integers(width - w + 1)
-            break
-    else:
-        h = min(height, round(width * 4 / 3))
-        w = min(width, round(height * 4 / 3))
-        top = (height - h) // 2
-        left = (width - w) // 2
-    return slice(top, top + h), slice(left, left + w)
 
 
 def draw_mask(name, config, rng, progress, grid=None):
@@ -389,19 +368,13 @@ class Images:
         return key if isinstance(key, str) else f"{self.source} image {key}"
 
     def stems(self):
-        """For files about each image: its path below the source, without its ending if no other
-        image has the same then."""
-        paths = [os.path.relpath(key, self.source) if isinstance(key, str) else self.name(index)
-                 for index, key in enumerate(self.keys)]
+        """Names for files about the images: the paths below the source, with endings only where
+        they tell images apart, and no longer than files allow."""
+        paths = [str(key).removeprefix(self.source).lstrip("/\\") for key in self.keys]
         stems = [os.path.splitext(path)[0] for path in paths]
         counts = Counter(map(str.lower, stems))
-        return [path if counts[stem.lower()] > 1 else stem for path, stem in zip(paths, stems)]
-
-    def stem(self, index):
-        """The same for one image as a short name, without folders."""
-        names = [re.sub(r"\W+", "_", stem)[-60:] for stem in self.stems()]
-        name = names[index]
-        return name if names.count(name) == 1 else f"{name}_{index}"
+        names = [path if counts[stem.lower()] > 1 else stem for path, stem in zip(paths, stems)]
+        return [os.sep.join(part[-200:] for part in name.split(os.sep)) for name in names]
 
     def load(self, index, skip_bad=False):
         """(image, its index): the image at `index` as uint8 (3, height, width). With `skip_bad` the
@@ -435,32 +408,29 @@ class Images:
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff",
            ".ppm", ".pgm", ".pnm", ".jp2", ".tga", ".gif")
-# of macOS's archives, of storage servers, of Windows and of Linux
-SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot",
-                  "$recycle.bin", "system volume information", "lost+found"}
-PARTS = ("train", "training"), ("val", "valid", "validation", "test", "testing")
-
-
-def is_hidden(name):
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+# hidden files, and folders that macOS, storage servers, Windows and Linux make
+HIDDEN = re.compile(r"(\.|__macosx$|[@#](eadir|recycle|snapshot|recently-snapshot)$|\$recycle|"
+                    "system volume information|lost.found$)", re.IGNORECASE)
+TRAIN = ("train", "training")
+VAL = ("val", "valid", "validation", "test", "testing")
 
 
 def find_parts(data):
     """(folder of the training images, folder of the held-out ones) of a folder that has one or both
     of them, else None: train/ beside other folders than these is a class."""
     folders = {entry.name.lower(): entry.path for entry in os.scandir(data)
-               if entry.is_dir() and not is_hidden(entry.name)}
-    train, val = ([folders[name] for name in part if name in folders] for part in PARTS)
-    if not val and (not train or folders.keys() - PARTS[0]):
-        return None
-    return [*train, os.path.join(data, "train")][0], [*val, os.path.join(data, "val")][0]
+               if entry.is_dir() and not HIDDEN.match(entry.name)}
+    train, val = [next((folders[name] for name in names if name in folders),
+                       os.path.join(data, names[0])) for names in (TRAIN, VAL)]
+    is_class = folders.keys().isdisjoint(VAL) and folders.keys() - TRAIN
+    return None if is_class or not folders else (train, val)
 
 
 def folder_images(folder, without=()):
     """All images in a folder and below it, in the order of their paths. A file counts once, even if
     several links lead to it, and not at all if a path in `without` leads to it or to its folder.
     Hidden files and folders are left out, and those of systems. Logs what was found."""
-    held_out = {os.path.realpath(path) for path in without if path}
+    held_out = {os.path.realpath(path) for path in without}
     if os.path.realpath(folder) in held_out:
         raise BadInput(f"{folder}: is --out too, whose pictures are no data; give another --out")
     found = {}  # real path -> path
@@ -480,8 +450,8 @@ def folder_images(folder, without=()):
             raise BadInput(f"{where}: cannot be read ({error.strerror})") from error
         for entry in entries:
             is_link = entry.is_symlink()
-            if is_hidden(entry.name):
-                left_out["hidden" if entry.name[0] == "." else entry.name] += 1
+            if HIDDEN.match(entry.name):
+                left_out["hidden"] += 1
             elif entry.is_dir():
                 (links if is_link else folders).append(entry.path)
             elif entry.name.lower().endswith(ENDINGS):
@@ -510,40 +480,26 @@ def read_image(path):
     """The picture in a file as uint8 RGB (3, height, width), turned as its EXIF tag says."""
     file = np.fromfile(path, np.uint8)
     channels = 0
-    if file[:3].tobytes() == b"\xff\xd8\xff":  # JPEG: the same pixels as Pillow's, sooner
-        image = decode_jpeg(torch.from_numpy(file))
+    # JPEG: the same pixels as Pillow's, sooner; but EXIF is seen in the first APP1 segment only
+    if file[:3].tobytes() == b"\xff\xd8\xff" and file.tobytes().count(b"\xff\xe1") < 2:
+        image = decode_jpeg(torch.from_numpy(file), apply_exif_orientation=True)
         channels = len(image)
-    if channels not in (1, 3) or b"\xff\xe1" in file.tobytes():  # in CMYK too; or there is EXIF
-        with Image.open(path) as picture:
-            if channels not in (1, 3):
-                image = pillow_pixels(picture)
-            image = turned(image, picture.getexif().get(ExifTags.Base.Orientation))
+    if channels not in (1, 3):  # in CMYK too
+        with Image.open(path) as image:
+            tags = getattr(image, "tag_v2", {})  # of a TIFF: its bits, its colors, its planes
+            odd = max(tags.get(258, (8,))) > 8 and (tags.get(262) == 0 or tags.get(284) == 2)
+            deep = image.mode[0] not in "IF" and ";16" in str(image.tile)  # 8 of them are read
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
+            image = TF.pil_to_tensor(image.convert("RGB"))
+        if odd or (deep and image.max() < 16):
+            raise ValueError("has 16 bits that Pillow misreads; save it with 8")
     height, width = image.shape[1:]
     if max(height, width) > 100 * min(height, width):  # resizing its short side needs gigabytes
         raise ValueError(f"{width}x{height} pixels, a side over 100 times the other")
     return image.expand(3, -1, -1)
 
-
-def pillow_pixels(picture):
-    """What Pillow opened, as uint8 RGB (3, height, width)."""
-    tags = getattr(picture, "tag_v2", {})  # of a TIFF: its bits, its color space and its planes
-    if max(tags.get(258, (8,))) > 8 and (tags.get(262) == 0 or tags.get(284) == 2):
-        raise ValueError("over 8 bits and white as 0 or planes of color; save it as a plain PNG")
-    deep = picture.mode[0] not in "IF" and ";16" in str(picture.tile)
-    if picture.mode[0] in "IF":
-        picture = Image.fromarray(to_8_bits(np.asarray(picture)))
-    image = TF.pil_to_tensor(picture.convert("RGB"))
-    if deep and image.max() < 16:  # Pillow keeps the upper 8 bits of colors
-        raise ValueError("its 16 bits hold 12 or fewer; save it with 8")
-    return image
-
-
-def turned(image, turn):
-    """An image (channels, height, width) as it is stored -> upright, by EXIF's orientation."""
-    flips = {2: [2], 3: [1, 2], 4: [1], 5: [], 6: [2], 7: [1, 2], 8: [1]}.get(turn)
-    if flips is None:
-        return image
-    return (image.transpose(1, 2) if turn >= 5 else image).flip(flips)
 
 
 def to_8_bits(values):
@@ -557,18 +513,18 @@ def to_8_bits(values):
     return np.round(values * (255 / fitting[0])).astype(np.uint8)
 
 
-def open_images(data, image_size, val_images, out=""):
+def open_images(data, image_size, val_images, *without):
     """(training images, at most `val_images` held-out ones) of --data: a name in DATASETS, or a
-    folder, but for what lies in --out. Up to a tenth is held out if the folder has no val/."""
+    folder, but for what lies in `without`. Up to a tenth is held out if the folder has no val/."""
     if named := named_images(data, image_size):
         train, val = named
     elif not os.path.isdir(data):
         raise BadInput(f"--data={data}: no such folder, and none of {', '.join(DATASETS)}")
     elif (parts := find_parts(data)) and os.path.isdir(parts[0]):
-        val = folder_images(parts[1], [out])
-        train = folder_images(parts[0], [*val.keys, out])
+        val = folder_images(parts[1], without)
+        train = folder_images(parts[0], [*val.keys, *without])
     else:
-        train = folder_images(data, [out])
+        train = folder_images(data, without)
         val = []
     if len(val):
         val = val.split(val_images)[0]
@@ -579,11 +535,11 @@ def open_images(data, image_size, val_images, out=""):
     return train, val
 
 
-def open_pictures(data, image_size, out):
+def open_pictures(data, image_size, *without):
     """Images to look at: that of a file, or 8 of a folder or of a data set's held-out ones."""
     if os.path.isfile(data):
         return Images([data], read_image, os.path.dirname(data))
-    if os.path.isdir(data) and len(images := folder_images(data, [out])):
+    if os.path.isdir(data) and len(images := folder_images(data, without)):
         return images.split(8)[0]
     return open_images(data, image_size, 8)[1]
 

@@ -626,44 +626,28 @@ def claim_folder(config, images):
                            "or --resume=never to replace it; to train longer, "
                            f"--weights={out}/checkpoint.pt and another --out")
     if rank() == 0:
-        if config.resume == "never":  # else a run killed before its first save resumed the old one
-            for checkpoint in saved_in(out):
-                os.remove(checkpoint)
         try:
             lock_folder(out)
+            if config.resume == "never":  # else a run killed before its first save went on there
+                for checkpoint in saved_in(out):
+                    os.remove(checkpoint)
             write_json(path, options)
         except OSError as error:
             raise BadInput(f"--out={out}: cannot be written ({error})") from error
 
 
-LOCKS = {}  # folder -> the open file that is locked
-
-
 def lock_folder(out):
-    """Keep other runs out of OUT for the life of this process. A kill ends its lock too, once its
-    loaders are gone; over NFS, that of a machine that is lost is believed for 100 seconds."""
-    if fcntl is None or out in LOCKS:
-        return
+    """Keep other runs out of OUT. The system drops the lock with this process, however it ends;
+    only over NFS is that of a host that is gone believed for 90 seconds."""
     os.makedirs(out, exist_ok=True)
-    file = LOCKS[out] = open(f"{out}/lock", "a+")
-    file.seek(0)
-    holder = file.read()
-    for second in range(10 if platform.node() in holder else 100):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if not second:
-                log(f"{out}: waiting for the end of {holder}")
-            time.sleep(1)
-        except OSError as error:  # a file system without locks
-            log(f"{out}: cannot be locked ({error}): start no second run in it")
-            break
-    else:
-        del LOCKS[out]
-        raise BadInput(f"--out={out}: a run is in it, {holder}; stop it, or give another --out")
-    file.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    file = os.open(f"{out}/.lock", os.O_CREAT | os.O_RDWR)  # open as long as this process
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise BadInput(f"--out={out}: another run is in it; give another --out, or stop that run. "
+                       "Over NFS a host that is gone is believed for 90 seconds") from None
+    except (AttributeError, OSError):  # Windows, or a file system without locks
+        log(f"{out}: cannot be locked, so a second run in it would go unnoticed")
 
 
 def write_json(path, value):
@@ -816,12 +800,10 @@ def metrics_file(config, start):
 def read_metrics(path):
     """The lines of a metrics.jsonl as dicts, without those that a kill or a crash left torn."""
     records = []
-    if os.path.exists(path):
-        with open(path, errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+    for line in open(path, errors="replace") if os.path.exists(path) else ():
+        with contextlib.suppress(ValueError):
+            records.append(dict(json.loads(line)))
+    return records
 
 
 def tensorboard(config, start):
@@ -903,9 +885,8 @@ def as_trained(config, *names):
         need_weights(config)
     known = read_network(config.weights)[2] if config.weights != "none" else {}
     trained = known.get("config", {})
-    taken = {name: trained[name] for name in ("norm", *names)
-             if name in trained and name not in config.given
-             and getattr(config, name) == getattr(type(config), name) != trained[name]}
+    taken = {name: trained[name] for name in ("norm", *names) if name not in config.given
+             and getattr(config, name) != trained.get(name, getattr(config, name))}
     if taken:
         log("as it was trained:", *(f"{name} {value}" for name, value in taken.items()))
     return replace(config, **taken)
@@ -1332,7 +1313,7 @@ def reconstruct(config):
     objective = make_objective(trained, device).eval()
     patch_sizes = {"images": config.patch_size, "token_images": objective.tokenizer.downsample}
     images = open_pictures(config.data, config.image_size, config.out)
-    for index in range(len(images)):
+    for index, stem in enumerate(images.stems()):
         picture = images.load(index, config.skip_bad_images)[0]
         height, width = fit_size(picture.shape[1:], config.image_size, config.patch_size)
         rng = np.random.default_rng([config.seed, index])
@@ -1343,7 +1324,7 @@ def reconstruct(config):
             batch[name] = TF.resize(picture, sides, BICUBIC, antialias=True)[None]
         with autocast(device, dtype):
             columns = objective.reconstruct(objective.inputs(batch, device))
-        path = f"{config.out}/reconstruction_{images.stem(index)}.png"
+        path = f"{config.out}/reconstruction_{stem}.png"
         save_columns(path, columns)
         log("wrote", path)
 
@@ -1528,10 +1509,8 @@ def bench(objective, parallel, optimizer, dataset, config, device, dtype):
         "model_images_per_s": size / learning,
         "step_images_per_s": size / seconds_of(step),
     }
-    peak = math.nan
-    if resource:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else math.nan
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     side = 8192 if device.type == "cuda" else 2048
