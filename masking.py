@@ -568,7 +568,8 @@ def cifar(dataset, train, *_):
         data = dataset(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{dataset.__name__}: download failed ({error}); put its archive into "
-                       f"{root}, or give --data=FOLDER with the images as files") from error
+                       f"{root}, set TORCH_HOME to a folder that you may write to, or give "
+                       "--data=FOLDER with the images as files") from error
     return Images(range(len(data)), data.data.__getitem__, dataset.__name__,
                   data.targets.__getitem__, data.classes)
 

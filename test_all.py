@@ -1783,6 +1783,12 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, capsys, tmp_path):
     for word, said in (("--tokenizer=dalle", "=dalle:DIR"), ("--data=cifar10", "CIFAR10")):
         text = error_of(capsys, *TOY, f"--out={tmp_path}/out", word)
         assert "download failed (no route)" in text and said in text
+    (tmp_path / "file").write_text("in the way of the cache folder")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr(masking.CIFAR10, "__init__", lambda self, root, **_: os.makedirs(root))
+    for word in ("--tokenizer=dalle", "--data=cifar10"):
+        text = error_of(capsys, *TOY, f"--out={tmp_path}/out", word)
+        assert f"{tmp_path}/file" in text and "TORCH_HOME" in text
 
 
 # ---- pretrain: runs ------------------------------------------------------------------------------

@@ -191,12 +191,13 @@ def dalle_file(folder, name):
     """The path of a pickle in `folder`, or else in torch's hub cache, downloaded if need be."""
     path = os.path.join(folder or os.path.join(torch.hub.get_dir(), "dall-e"), name)
     if not folder and not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         try:  # to a temporary file, then renamed
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(DALLE_URL + name, path)
         except OSError as error:
-            raise BadInput(f"{DALLE_URL}{name}: download failed ({error}); fetch encoder.pkl and "
-                           "decoder.pkl elsewhere and give --tokenizer=dalle:DIR") from error
+            raise BadInput(f"{DALLE_URL}{name}: download failed ({error}); set TORCH_HOME to a "
+                           "folder that you may write to, or fetch encoder.pkl and decoder.pkl "
+                           "elsewhere and give --tokenizer=dalle:DIR") from error
     if not os.path.exists(path):
         raise BadInput(f"{path}: no such file; --tokenizer=dalle:DIR needs DALL-E's {name} in DIR")
     return path
