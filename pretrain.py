@@ -801,7 +801,7 @@ def read_metrics(path):
     """The lines of a metrics.jsonl as dicts, without those that a kill or a crash left torn."""
     records = []
     for line in open(path, errors="replace") if os.path.exists(path) else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError):
             records.append(dict(json.loads(line)))
     return records
 
@@ -885,8 +885,8 @@ def as_trained(config, *names):
         need_weights(config)
     known = read_network(config.weights)[2] if config.weights != "none" else {}
     trained = known.get("config", {})
-    taken = {name: trained[name] for name in ("norm", *names) if name not in config.given
-             and getattr(config, name) != trained.get(name, getattr(config, name))}
+    taken = {name: trained[name] for name in ("norm", *names) if name in trained
+             and name not in config.given and getattr(config, name) != trained[name]}
     if taken:
         log("as it was trained:", *(f"{name} {value}" for name, value in taken.items()))
     return replace(config, **taken)

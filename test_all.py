@@ -507,8 +507,7 @@ def test_what_was_found_is_said_and_systems_folders_are_none(tmp_path, capsys):
     assert images.stems() == ["ape/0", "ape/1", "bee/0"]
     said = capsys.readouterr().out
     assert "3 images; 2 folders: ape 2, bee 1; left out: " in said
-    for name in (".heic", ".txt", "hidden", "@eaDir", "#recycle", "lost+found", "seen elsewhere"):
-        assert f"{name} 1" in said
+    assert "left out: hidden 4, seen elsewhere 1, .heic 1, .txt 1" in said
 
 
 def test_only_the_outline_of_a_shape_identifies_its_class():
@@ -3083,6 +3082,8 @@ def test_label_maps_with_alpha_and_with_palettes_that_differ(tmp_path, capsys):
     for mode, bands in (("LA", 1), ("RGBA", 3), ("PA", 1)):
         alpha = np.arange(12, dtype=np.uint8).reshape(3, 4)
         picture = Image.fromarray(np.stack([labels] * bands + [alpha], 2), mode)
+        if mode == "PA":
+            picture.putpalette([number for number in range(256) for _ in range(3)])
         path = tmp_path / ("a.tif" if mode == "PA" else "a.png")
         picture.save(path)
         assert np.array_equal(finetune_seg.read_labels(path, {}), labels), mode
