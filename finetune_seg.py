@@ -316,23 +316,17 @@ def open_folder(data, part, colors, without=()):
     if not len(images):
         raise BadInput(f"{folder}: no such folder, or no images in it; --data holds images/ and "
                        "annotations/, each with training/ and validation/")
-    maps = by_stem(folder_images(maps_folder), maps_folder)
-    label_maps = {path: maps.get(name) for name, path in by_stem(images, folder).items()}
+    maps = folder_images(maps_folder)
+    by_stem = dict(zip(maps.stems(), maps.keys))
+    label_maps = {path: by_stem.get(stem) for path, stem in zip(images.keys, images.stems())}
     for path, label_map in label_maps.items():
         if label_map is None:
-            raise BadInput(f"{path}: has no label map of its name in {maps_folder}")
+            name = os.path.splitext(os.path.basename(path))[0]
+            same = [other for other in images.keys + maps.keys if f"{os.sep}{name}." in other]
+            raise BadInput(f"{path}: has no label map of its name in {maps_folder} for itself; of "
+                           f"this name there are {', '.join(same)}")
     return replace(images, read_label_map=functools.partial(read_label_map, label_maps, colors))
 
-
-def by_stem(images, folder):
-    """{path below the folder, without its ending: path}."""
-    found = {}
-    for path in images.keys:
-        other = found.setdefault(os.path.splitext(os.path.relpath(path, folder))[0], path)
-        if other != path:
-            raise BadInput(f"{other} and {path}: an image has one label map of its name, and a map "
-                           "one image; leave one of them there")
-    return found
 
 
 def read_label_map(label_maps, colors, path):

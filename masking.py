@@ -372,8 +372,8 @@ class Images:
         they tell images apart, and no longer than files allow."""
         paths = [str(key).removeprefix(self.source).lstrip("/\\") for key in self.keys]
         stems = [os.path.splitext(path)[0] for path in paths]
-        counts = Counter(map(str.lower, stems))
-        names = [path if counts[stem.lower()] > 1 else stem for path, stem in zip(paths, stems)]
+        counts = Counter(stems)
+        names = [path if counts[stem] > 1 else stem for path, stem in zip(paths, stems)]
         return [os.sep.join(part[-200:] for part in name.split(os.sep)) for name in names]
 
     def load(self, index, skip_bad=False):
@@ -463,25 +463,20 @@ def folder_images(folder, without=()):
             else:
                 left_out[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
     kept = sorted(path for file, path in found.items() if file not in held_out)
-    places = (path.removeprefix(f"{folder}{os.sep}").partition(os.sep) for path in kept)
-    inside = Counter(place for place, below, _ in places if below)
-    log(f"{folder}: {len(kept):,} images; {len(inside)} folders: {listed(inside)}; left out: "
-        f"{listed(left_out)}")
+    parts = (path[len(str(folder)) :].lstrip(os.sep).partition(os.sep) for path in kept)
+    inside = Counter(place for place, is_folder, _ in parts if is_folder)
+    log(f"{folder}: {len(kept):,} images; {len(inside)} folders, such as "
+        f"{dict([*inside.items()][:10])}; left out: {dict(left_out)}")
     return Images(kept, read_image, folder)
-
-
-def listed(counts):
-    """The first ten of {name: number} in words."""
-    words = [f"{name} {count:,}" for name, count in counts.items()]
-    return ", ".join(words[:10] + ["..."] * (len(words) > 10)) or "none"
 
 
 def read_image(path):
     """The picture in a file as uint8 RGB (3, height, width), turned as its EXIF tag says."""
     file = np.fromfile(path, np.uint8)
     channels = 0
-    # JPEG: the same pixels as Pillow's, sooner; but EXIF is seen in the first APP1 segment only
-    if file[:3].tobytes() == b"\xff\xd8\xff" and file.tobytes().count(b"\xff\xe1") < 2:
+    head = file.tobytes().partition(b"\xff\xdb")[0]  # what stands before a JPEG's tables
+    # as Pillow's pixels, sooner; but it turns by EXIF in the first segment, not by others or XMP
+    if head[:3] == b"\xff\xd8\xff" and head.count(b"\xff\xe1") <= (b"Exif\0" in head):
         image = decode_jpeg(torch.from_numpy(file), apply_exif_orientation=True)
         channels = len(image)
     if channels not in (1, 3):  # in CMYK too

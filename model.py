@@ -657,16 +657,11 @@ def read_checkpoint(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         with open(path, "rb") as file:
-            start = file.read(30).lstrip()
-        kinds = [kind for begin, kind in OTHER_FILES.items() if start.startswith(begin)]
-        about = f"{kinds[0]}; download the file itself" if kinds else short_message(error)
-        raise BadInput(f"{path}: damaged, or no checkpoint of plain tensors ({about})") from error
+            start = file.read(24)
+        raise BadInput(f"{path}: damaged, or no checkpoint of plain tensors "
+                       f"({short_message(error)}); it begins with {start}: in place of a Git LFS "
+                       "pointer, a web page or an archive bring the file itself") from error
     return content if isinstance(content, dict) else {}
-
-
-# How files begin that people have in the place of a checkpoint
-OTHER_FILES = {b"version https://git-lfs": "a Git LFS pointer", b"<": "a web page",
-               b"\x1f\x8b": "a gzip, to be unpacked"}
 
 
 def short_message(error):

@@ -506,8 +506,8 @@ def test_what_was_found_is_said_and_systems_folders_are_none(tmp_path, capsys):
     images = masking.folder_images(str(tmp_path))
     assert images.stems() == ["ape/0", "ape/1", "bee/0"]
     said = capsys.readouterr().out
-    assert "3 images; 2 folders: ape 2, bee 1; left out: " in said
-    assert "left out: hidden 4, seen elsewhere 1, .heic 1, .txt 1" in said
+    assert "3 images; 2 folders, such as {'ape': 2, 'bee': 1}; left out: {" in said
+    assert "{'hidden': 4, 'seen elsewhere': 1, '.heic': 1, '.txt': 1}" in said
 
 
 def test_only_the_outline_of_a_shape_identifies_its_class():
@@ -1425,9 +1425,9 @@ def test_what_is_no_beit_is_called_by_its_name(tmp_path):
     key_bias = ViT(NANO).state_dict() | {"blocks.0.attn.k.bias": torch.zeros(128)}
     path = tmp_path / "w.pth"
     for content, message in (
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer; down"),
-        (b"\n<!DOCTYPE html><html>", "a web page; download"),
-        (gzip.compress(b"weights"), "a gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "b'version https"),
+        (b"\n<!DOCTYPE html><html>", "<!DOCTYPE html>"),
+        (gzip.compress(b"weights"), "begins with b'.x1f.x8b"),
         (b"value", "Unsupported operand"),
         (foreign.state_dict(), "a ViT with ls1.gamma, no BEiT"),
         (key_bias, "a ViT with attn.k.bias, no BEiT"),
@@ -1436,6 +1436,8 @@ def test_what_is_no_beit_is_called_by_its_name(tmp_path):
         with pytest.raises(BadInput, match=f"w.pth: .*{message}") as error:
             load_weights(small(), path)
         assert "weights_only" not in str(error.value)
+        if isinstance(content, bytes):
+            assert "Git LFS pointer, a web page" in str(error.value)
 
 
 def test_no_file_runs_code(tmp_path, dalle):
@@ -3114,7 +3116,7 @@ def test_one_label_map_for_an_image(tmp_path, capsys):
         second = data / kind / "training" / f"3.{ending}"
         drawing(32, 0).save(second)
         text = error_of(capsys, *words, script=finetune_seg)
-        assert f"3.{ending}" in text and "3.png" in text and "leave one" in text
+        assert f"3.{ending}" in text and "3.png" in text and "for itself" in text
         second.unlink()
 
 
