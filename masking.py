@@ -168,14 +168,15 @@ class Views(Dataset):
             return sample
         if config.cache_epochs:
             epoch %= config.cache_epochs
-        torch.default_generator.manual_seed(derive_seed(config.seed, epoch, index))
-        box = transforms.RandomResizedCrop.get_params(image, [config.crop_min, 1], [3 / 4, 4 / 3])
-        crop = TF.crop(image, *box)[None].contiguous(memory_format=torch.channels_last)
-        flipped = torch.rand(()) < 0.5
+        rng = np.random.default_rng([config.seed, epoch, index, 1])
+        rows, columns = draw_crop(*image.shape[1:], config.crop_min, rng)
+        crop = image[None, :, rows, columns].contiguous(memory_format=torch.channels_last)
+        flipped = rng.random() < 0.5
         for name, size in self.sizes.items():
             view = F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
             sample[name] = view.flip(2) if flipped else view
-        sample["jitter"] = torch.empty(3).uniform_(max(0, 1 - config.jitter), 1 + config.jitter)
+        factors = rng.uniform(max(0, 1 - config.jitter), 1 + config.jitter, 3)
+        sample["jitter"] = torch.from_numpy(factors.astype(np.float32))
         if self.tokens is not None:
             sample["tokens"] = torch.from_numpy(self.tokens[epoch, index].astype(np.int64))
         for number, (name, (count, transform)) in enumerate(self.extra_views.items(), 1):
@@ -194,6 +195,26 @@ def ssl_augment(size, area):
         transforms.RandomGrayscale(0.2),
         transforms.RandomApply([blur], 0.5),
     ])
+
+
+def draw_crop(height, width, least, rng):
+    """(rows, columns), two slices, of a random crop as torchvision's RandomResizedCrop has it: with
+    `least` to all of the area, an aspect log-uniform in [3/4, 4/3]; the middle if no draw fits."""
+    for _ in range(10):
+        area = height * width * rng.uniform(least, 1)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w = round(math.sqrt(area * aspect))
+        h = round(math.sqrt(area / aspect))
+        if 0 < h <= height and 0 < w <= width:
+            top = rng.integers(height - h + 1)
+            left = rng.integers(width - w + 1)
+            break
+    else:
+        h = min(height, round(width * 4 / 3))
+        w = min(width, round(height * 4 / 3))
+        top = (height - h) // 2
+        left = (width - w) // 2
+    return slice(top, top + h), slice(left, left + w)
 
 
 def draw_mask(name, config, rng, progress, grid=None):

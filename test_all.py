@@ -577,6 +577,24 @@ def test_the_change_of_colors_is_torchvisions_jitter_in_any_order():
     assert (found - images).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("size", [(90, 120), (400, 40)])
+def test_crops_are_distributed_as_torchvisions(size):
+    rng = np.random.default_rng(0)
+    image = torch.empty(1, *size)
+    transform = torchvision.transforms.RandomResizedCrop(224)
+    draws = []
+    for _ in range(10_000):
+        rows, columns = masking.draw_crop(*size, 0.08, rng)
+        ours = (rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        theirs = transform.get_params(image, transform.scale, transform.ratio)
+        assert min(ours) >= 0 and rows.stop <= size[0] and columns.stop <= size[1]
+        draws.append([[top, left, h * w, h / w] for top, left, h, w in (ours, theirs)])
+    # Kolmogorov and Smirnov's distance of each statistic's two distributions: 0.0276 has p = 0.001
+    for pair in np.sort(np.transpose(draws, (2, 1, 0))):  # (2, draws)
+        shares = [np.searchsorted(one, pair.flatten(), "right") / len(draws) for one in pair]
+        assert np.abs(shares[0] - shares[1]).max() < 0.0276
+
+
 def test_batches_do_not_depend_on_workers_or_processes(monkeypatch):
     dataset = views_of(parse(*TOY), 16, train=True)
     seen = {}
