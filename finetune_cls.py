@@ -252,7 +252,7 @@ def open_labelled(config, classes=None, needs_training=True):
             train = open_classes(parts[0], classes, [*val.keys, config.out])
     else:
         images = open_classes(config.data, classes, [config.out])
-        kept = {images.read_label(key): key for key in images.keys}.values()  # one of each class
+        kept = {*{images.read_label(key): key for key in images.keys}.values()}  # one of each class
         others = images.subset([i for i, key in enumerate(images.keys) if key not in kept])
         val, train = others.split(max(1, len(others) // 10))
         train.keys = sorted([*train.keys, *kept])
@@ -262,8 +262,8 @@ def open_labelled(config, classes=None, needs_training=True):
         raise BadInput(f"--data={config.data}: {len(train.classes)} classes in train/, "
                        f"{len(val.classes)} in val/; {min(odd)} is in one only")
     if len(train.classes or "no") < 2 or not len(val):
-        raise BadInput(f"--data={config.data}: {len(train.classes)} classes, {len(val)} images to "
-                       "hold out; give a folder with a folder per class, and two images in one")
+        raise BadInput(f"--data={config.data}: {len(train.classes or ())} classes, {len(val)} to "
+                       "hold out; give a folder with a folder per class and two images in one")
     if config.labels_per_class:
         labels = np.array([train.read_label(key) for key in train.keys])
         order = np.random.default_rng(config.seed).permutation(len(labels))
