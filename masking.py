@@ -503,14 +503,15 @@ def read_image(path):
     if channels not in (1, 3):  # in CMYK too
         with Image.open(path) as image:
             tags = getattr(image, "tag_v2", {})  # of a TIFF: its bits, its colors, its planes
-            odd = max(tags.get(258, (8,))) > 8 and (tags.get(262) == 0 or tags.get(284) == 2)
+            if max(tags.get(258, (8,))) > 8 and (tags.get(262) == 0 or tags.get(284) == 2):
+                raise ValueError("over 8 bits, and white as 0 or planes; save it with 8 bits")
             deep = image.mode[0] not in "IF" and ";16" in str(image.tile)  # 8 of them are read
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":
                 image = Image.fromarray(to_8_bits(np.asarray(image)))
             image = TF.pil_to_tensor(image.convert("RGB"))
-        if odd or (deep and image.max() < 16):
-            raise ValueError("has 16 bits that Pillow misreads; save it with 8")
+        if deep and image.max() < 16:
+            raise ValueError("12 of 16 bits, of which 8 would be read; save it with 8 bits")
     height, width = image.shape[1:]
     if max(height, width) > 100 * min(height, width):  # resizing its short side needs gigabytes
         raise ValueError(f"{width}x{height} pixels, a side over 100 times the other")
