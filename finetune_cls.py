@@ -33,9 +33,8 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
-    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, copy_to, derive_seed, evenly, find_parts,
-    fit_size, folder_images, make_loader, named_images, normalize, open_pictures, rank,
-    read_image, world_size,
+    BICUBIC, DATASETS, NORMS, BadInput, all_images, batches_of_all, copy_to, derive_seed, evenly,
+    fit_size, make_loader, named_images, normalize, open_parts, open_pictures, rank, world_size,
 )
 from model import (
     Classifier, LinearProbes, ViT, load_weights, optional, read_network, write_atomically,
@@ -246,16 +245,17 @@ def open_labelled(config, classes=None, needs_training=True):
     the top of this file says. Its labels number `classes`, or else the folder's own classes."""
     if named := named_images(config.data, config.image_size):
         train, val = named
-    elif parts := os.path.isdir(config.data) and find_parts(config.data):
-        train = val = open_classes(parts[1], classes, [config.out])
-        if needs_training:
-            train = open_classes(parts[0], classes, [*val.keys, config.out])
     else:
-        images = open_classes(config.data, classes, [config.out])
-        kept = {*{images.read_label(key): key for key in images.keys}.values()}  # one of each class
-        others = images.subset([i for i, key in enumerate(images.keys) if key not in kept])
-        val, train = others.split(max(1, len(others) // 10))
-        train.keys = sorted([*train.keys, *kept])
+        found = open_parts(config.data, [config.out], needs_training)
+        train, *val = [open_classes(images, classes) for images in found if images is not None]
+        val = val[0] if val else train
+    if not named and len(found) == 1:
+        labels = [train.read_label(key) for key in train.keys]
+        firsts = {label: i for i, label in reversed([*enumerate(labels)])}.values()
+        others = np.setdiff1d(np.arange(len(train)), [*firsts])  # a class keeps a training image
+        held_out = others[evenly(len(others), max(1, len(others) // 10))]
+        val = train.subset(held_out)
+        train = train.subset(np.setdiff1d(np.arange(len(train)), held_out))
     if not train.read_label or not val.read_label:
         raise BadInput(f"--data={config.data}: has no labels")
     if odd := set(train.classes or ()) ^ set(val.classes or ()):
@@ -272,26 +272,32 @@ def open_labelled(config, classes=None, needs_training=True):
     return train, val
 
 
-def open_classes(where, classes=None, without=()):
-    """The images of where/CLASS/, but not those that the paths in `without` lead to. Labels number
-    `classes`, or else the folders in the order of their names."""
-    images = folder_images(where, without)
+def open_classes(images, classes=None):
+    """Images in a folder per class, with labels: these number `classes`, or else the folders in the
+    order of their names."""
+    where = images.source
     if not len(images):
         raise BadInput(f"{where}: no such folder, or no images in it; --data holds train/CLASS/ "
                        f"and val/CLASS/, or CLASS/, or is one of {', '.join(DATASETS)}")
-    names = {}  # of the classes, by path
-    for path in images.keys:
-        names[path], _, rest = os.path.relpath(path, where).partition(os.sep)
-        if not rest:
-            raise BadInput(f"{path}: is in no class; {where} should hold a folder per class")
-    classes = classes or sorted(set(names.values()))
-    numbers = {name: number for number, name in enumerate(classes)}
-    if strange := set(names.values()) - numbers.keys():
+    names = {class_folder(where, path) for path in images.keys}
+    classes = classes or sorted(names)
+    if strange := names - set(classes):
         raise BadInput(f"{where}/{min(strange)}: is none of the classes that --weights was trained "
                        f"on: {', '.join(classes[:10])}")
-    labels = {path: numbers[name] for path, name in names.items()}
-    return replace(images, classes=classes, read_label=labels.__getitem__)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return replace(images, classes=classes,
+                   read_label=functools.partial(label_of_path, where, numbers))
 
+
+def class_folder(where, path):
+    name, _, rest = path[len(where) :].lstrip(os.sep).partition(os.sep)
+    if not rest:
+        raise BadInput(f"{path}: is in no class; {where} should hold a folder per class")
+    return name
+
+
+def label_of_path(where, numbers, path):
+    return numbers[class_folder(where, path)]
 
 
 class LabelledViews(Dataset):
@@ -488,9 +494,9 @@ def predict(config):
     OUT/predictions.png, a contact sheet. It needs no options but the files: --weights knows all."""
     config = as_trained(config, *NETWORK, "eval_crop")
     device, dtype = setup_device(config)
-    images = folder_images(config.data, [config.out])
+    images = all_images(config.data, config.out)
     if not len(images):
-        raise BadInput(f"--data={config.data}: no folder with images to classify")
+        raise BadInput(f"--data={config.data}: no folder or tar with images to classify")
     state, arch, known = read_network(config.weights)
     if "head.weight" not in state:
         raise BadInput(f"--weights={config.weights}: holds no classifier; fine-tune it first")
@@ -534,16 +540,16 @@ def write_predictions(out, images, classes, found):
     with write_atomically(os.path.join(out, "predictions.csv")) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
     with write_atomically(os.path.join(out, "predictions.png")) as file:
-        contact_sheet(shown).save(file, "PNG")
+        contact_sheet(images.read, shown).save(file, "PNG")
     log(f"wrote {out}/predictions.csv and .png: {len(shown):,} images")
 
 
-def contact_sheet(shown):
+def contact_sheet(read, shown):
     """A picture of up to 64 of the images in [(path, text below it)], evenly taken."""
     tiles = []
     for index in evenly(len(shown), 64):
         path, text = shown[index]
-        picture = v2.functional.to_pil_image(read_image(path))
+        picture = v2.functional.to_pil_image(read(path))
         tile = ImageOps.pad(picture, (124, 124), color="white")
         tile = ImageOps.expand(tile, (2, 2, 2, 18), "white")
         ImageDraw.Draw(tile).text((2, 126), text[:20], fill="black")

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from finetune_cls import confusion
 from masking import (
-    BadInput, copy_to, denormalize, derive_seed, evenly, fit_size, folder_images, local_shard,
-    named_images, normalize, permutation, world_size,
+    BadInput, all_images, copy_to, denormalize, derive_seed, evenly, fit_size, folder_images,
+    local_shard, named_images, normalize, permutation, world_size,
 )
 from model import Segmenter, load_weights, write_atomically
 from pretrain import (
@@ -322,7 +322,7 @@ def open_folder(data, part, colors, without=()):
     for path, label_map in label_maps.items():
         if label_map is None:
             name = os.path.splitext(os.path.basename(path))[0]
-            same = [other for other in images.keys + maps.keys if f"{os.sep}{name}." in other]
+            same = [other for other in [*images.keys, *maps.keys] if f"{os.sep}{name}." in other]
             raise BadInput(f"{path}: has no label map of its name in {maps_folder} for itself; of "
                            f"this name there are {', '.join(same)}")
     return replace(images, read_label_map=functools.partial(read_label_map, label_maps, colors))
@@ -503,9 +503,9 @@ def predict(config):
     """Write OUT/labels/NAME.png, with the numbers of a label map, and OUT/overlay/NAME.png for each
     image in --data, at its own size."""
     device, dtype = setup_device(config)
-    images = folder_images(config.data, [config.out])
+    images = all_images(config.data, config.out)
     if not len(images):
-        raise BadInput(f"--data={config.data}: no folder with images to predict")
+        raise BadInput(f"--data={config.data}: no folder or tar with images to predict")
     model = Segmentation(config, trained=True).to(device).eval().model
     numbers = class_labels(config)
     colors = np.zeros((1 + max(255, *numbers), 3), np.uint8)

@@ -6,12 +6,15 @@ history: so a batch is the same for any number of workers and processes, and aft
 """
 
 import functools
+import glob
 import hashlib
+import io
 import math
 import os
 import re
 import signal
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -366,11 +369,25 @@ def evenly(count, most):
 
 # ---- images --------------------------------------------------------------------------------------
 
+class Paths:
+    """Paths in one array of bytes. Loader processes share it, but would copy a list's strings."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, index):
+        found = self.array[index]
+        return os.fsdecode(found) if isinstance(found, bytes) else Paths(found)
+
+
 @dataclass
 class Images:
     """A list of images: their keys, and functions of a key."""
 
-    keys: list  # paths or numbers
+    keys: list  # paths (a list or Paths) or numbers
     read: Callable  # -> RGB image: Pillow's, or uint8 (height, width, 3) array or (3, ...) tensor
     source: str  # for messages
     read_label: Callable = None  # -> the number of one of `classes`; None: there are no labels
@@ -418,6 +435,8 @@ class Images:
         return f"{len(self)} images, names {digest.hexdigest()[:8]}"
 
     def subset(self, indices):
+        if isinstance(self.keys, Paths):
+            return replace(self, keys=self.keys[np.asarray(indices, int)])
         return replace(self, keys=[self.keys[index] for index in indices])
 
     def split(self, count):
@@ -436,15 +455,31 @@ TRAIN = ("train", "training")
 VAL = ("val", "valid", "validation", "test", "testing")
 
 
-def find_parts(data):
-    """(folder of the training images, folder of the held-out ones) of a folder that has one or both
-    of them, else None: train/ beside other folders than these is a class."""
-    folders = {entry.name.lower(): entry.path for entry in os.scandir(data)
-               if entry.is_dir() and not HIDDEN.match(entry.name)}
-    train, val = [next((folders[name] for name in names if name in folders),
-                       os.path.join(data, names[0])) for names in (TRAIN, VAL)]
-    is_class = folders.keys().isdisjoint(VAL) and folders.keys() - TRAIN
-    return None if is_class or not folders else (train, val)
+def open_parts(data, without=(), needs_training=True):
+    """[training images, held-out ones] of a folder, or of tar files, with a folder for one or both
+    of them, else [all images]: train/ beside other folders than these is a class."""
+    if tars := find_tars(data):
+        archive = tar_images(data, tars)
+        folders = {key[len(data) + 1 :].partition("/")[0] for key in archive.keys}
+    elif os.path.isdir(data):
+        folders = {entry.name for entry in os.scandir(data) if entry.is_dir()}
+    else:
+        raise BadInput(f"--data={data}: no such folder or tar, and none of {', '.join(DATASETS)}")
+    known = {name.lower(): name for name in folders if not HIDDEN.match(name)}
+    train, val = [os.path.join(data, next((known[name] for name in names if name in known),
+                                          names[0])) for names in (TRAIN, VAL)]
+    if not known or (known.keys().isdisjoint(VAL) and known.keys() - TRAIN):
+        return [archive if tars else folder_images(data, without)]
+    if tars:
+        return [tar_part(archive, train), tar_part(archive, val)]
+    held_out = folder_images(val, without)
+    return [folder_images(train, [*held_out.keys, *without]) if needs_training else None, held_out]
+
+
+def all_images(data, *without):
+    """All images in a folder and below it, or in tar files."""
+    tars = find_tars(data)
+    return tar_images(data, tars) if tars else folder_images(data, without)
 
 
 def folder_images(folder, without=()):
@@ -484,16 +519,109 @@ def folder_images(folder, without=()):
             else:
                 left_out[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
     kept = sorted(path for file, path in found.items() if file not in held_out)
-    parts = (path[len(str(folder)) :].lstrip(os.sep).partition(os.sep) for path in kept)
+    paths = Paths(np.array([os.fsencode(path) for path in kept], "S"))
+    log_found(folder, paths, left_out)
+    return Images(paths, read_image, folder)
+
+
+def log_found(source, paths, left_out):
+    parts = (path[len(str(source)) :].lstrip(os.sep).partition(os.sep) for path in paths)
     inside = Counter(place for place, is_folder, _ in parts if is_folder)
-    log(f"{folder}: {len(kept):,} images; {len(inside)} folders, such as "
+    log(f"{source}: {len(paths):,} images; {len(inside)} folders, such as "
         f"{dict([*inside.items()][:10])}; left out: {dict(left_out)}")
-    return Images(kept, read_image, folder)
+
+
+# Tar files are read in place, without being unpacked. The path of an image in one is that of the
+# tar or of the folder of tars, and below it that in the tar.
+
+def find_tars(data):
+    """The tar files that --data means: itself, or those in a folder or in its train/ and val/."""
+    if os.path.isfile(data) and re.search(r"\.(tar|tgz)", data):
+        return [data]
+    folders = ["", *(f"{name}/" for name in TRAIN + VAL)]
+    return sorted(tar for name in folders for tar in glob.glob(f"{glob.escape(data)}/{name}*.tar"))
+
+
+def tar_images(data, tars):
+    """The images in tar files. Where they lie in them is found once and kept in torch's hub cache,
+    as two arrays that all processes share: paths, and rows of (tar, offset, length)."""
+    state = [(os.path.abspath(tar), os.stat(tar).st_size, os.stat(tar).st_mtime) for tar in tars]
+    digest = hashlib.sha256(repr((data, state)).encode(errors="surrogateescape")).hexdigest()[:16]
+    index = [os.path.join(torch.hub.get_dir(), "tars", f"{digest}_{name}.npy")
+             for name in ("paths", "places")]
+    if not os.path.exists(index[1]):
+        found = {}  # path -> its place
+        left_out = Counter()
+        for number, tar in enumerate(tars):
+            inside = {}
+            try:
+                with open(tar, "rb") as file:
+                    list_tar(file, number, 0, "", inside, left_out)
+                    file.seek(-512, os.SEEK_END)  # a whole tar ends with zeros
+                    if any(file.read()):
+                        raise EOFError("its end is missing")
+            except (tarfile.TarError, OSError, EOFError) as error:
+                raise BadInput(f"{tar}: cannot be read as a tar without compression ({error}); "
+                               "copy it again, or unpack it") from error
+            folder = os.path.splitext(tar[len(data) + 1 :])[0]
+            named = os.path.basename(folder).lower() in TRAIN + VAL
+            if not named and any("/" in name for name in inside):
+                folder = os.path.dirname(folder)  # else its own name is that of a part or class
+            inside = {os.path.join(data, folder, name): place for name, place in inside.items()}
+            left_out.update(["seen elsewhere"] * len(found.keys() & inside.keys()))
+            found |= inside
+        paths = sorted(found, key=os.fsencode)
+        log_found(data, paths, left_out)
+        arrays = np.array([*map(os.fsencode, paths)], "S"), np.array([found[p] for p in paths])
+        for path, array in zip(index, arrays):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            np.save(f"{path}.{os.getpid()}.npy", array)
+            os.replace(f"{path}.{os.getpid()}.npy", path)
+    paths, places = [np.load(path, mmap_mode="r") for path in index]
+    return Images(Paths(paths), functools.partial(read_member, tars, paths, places), data)
+
+
+def list_tar(file, number, start, where, found, left_out):
+    """Add to `found` {path: (number, offset, length)} what an open tar holds, whose offsets begin
+    at `start`. A tar in it, such as ImageNet's of each class, is a folder."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tqdm(tar, "listing", leave=False, disable=rank() > 0 or start > 0 or None):
+            name = os.path.normpath(member.name)
+            ending = os.path.splitext(name)[1].lower()
+            if member.isdir():
+                continue
+            if not member.isfile() or any(map(HIDDEN.match, name.split("/"))):
+                left_out["hidden"] += 1
+            elif ending == ".tar":
+                folder = os.path.join(where, name[: -len(ending)])
+                list_tar(tar.extractfile(member), number, start + member.offset_data, folder,
+                         found, left_out)
+            elif ending in ENDINGS:
+                place = (number, start + member.offset_data, member.size)
+                found[os.path.join(where, name)] = place
+            else:
+                left_out[ending or "without ending"] += 1
+
+
+def tar_part(images, folder):
+    """Those of a tar's images that lie below a folder in it."""
+    first, end = np.searchsorted(images.keys.array, [os.fsencode(f"{folder}/"),
+                                                     os.fsencode(f"{folder}0")])  # "/" + 1
+    return replace(images, keys=images.keys[first:end], source=folder)
+
+
+def read_member(tars, paths, places, path):
+    row = np.searchsorted(paths, np.array(os.fsencode(path), paths.dtype))
+    number, offset, length = places[row].tolist()
+    return decode(np.fromfile(tars[number], np.uint8, length, offset=offset))
 
 
 def read_image(path):
     """The picture in a file as uint8 RGB (3, height, width), turned as its EXIF tag says."""
-    file = np.fromfile(path, np.uint8)
+    return decode(np.fromfile(path, np.uint8))
+
+
+def decode(file):
     channels = 0
     head = file.tobytes().partition(b"\xff\xdb")[0]  # what stands before a JPEG's tables
     # as Pillow's pixels, sooner; but it turns by EXIF in the first segment, not by others or XMP
@@ -501,7 +629,7 @@ def read_image(path):
         image = decode_jpeg(torch.from_numpy(file), apply_exif_orientation=True)
         channels = len(image)
     if channels not in (1, 3):  # in CMYK too
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(file)) as image:
             tags = getattr(image, "tag_v2", {})  # of a TIFF: its bits, its colors, its planes
             if max(tags.get(258, (8,))) > 8 and (tags.get(262) == 0 or tags.get(284) == 2):
                 raise ValueError("over 8 bits, and white as 0 or planes; save it with 8 bits")
@@ -533,17 +661,10 @@ def to_8_bits(values):
 def open_images(data, image_size, val_images, *without):
     """(training images, at most `val_images` held-out ones) of --data: a name in DATASETS, or a
     folder, but for what lies in `without`. Up to a tenth is held out if the folder has no val/."""
-    if named := named_images(data, image_size):
-        train, val = named
-    elif not os.path.isdir(data):
-        raise BadInput(f"--data={data}: no such folder, and none of {', '.join(DATASETS)}")
-    elif (parts := find_parts(data)) and os.path.isdir(parts[0]):
-        val = folder_images(parts[1], without)
-        train = folder_images(parts[0], [*val.keys, *without])
-    else:
-        train = folder_images(data, without)
-        val = []
-    if len(val):
+    train, *val = named_images(data, image_size) or open_parts(data, without)
+    if not len(train) and val:
+        train, val = all_images(data, *without), ()
+    if val and len(val := val[0]):
         val = val.split(val_images)[0]
     else:
         val, train = train.split(min(val_images, max(1, len(train) // 10)))
@@ -554,9 +675,9 @@ def open_images(data, image_size, val_images, *without):
 
 def open_pictures(data, image_size, *without):
     """Images to look at: that of a file, or 8 of a folder or of a data set's held-out ones."""
-    if os.path.isfile(data):
+    if os.path.isfile(data) and not find_tars(data):
         return Images([data], read_image, os.path.dirname(data))
-    if os.path.isdir(data) and len(images := folder_images(data, without)):
+    if os.path.exists(data) and len(images := all_images(data, *without)):
         return images.split(8)[0]
     return open_images(data, image_size, 8)[1]
 

@@ -20,6 +20,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from dataclasses import asdict, fields, replace
@@ -508,6 +509,75 @@ def test_what_was_found_is_said_and_systems_folders_are_none(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "3 images; 2 folders, such as {'ape': 2, 'bee': 1}; left out: {" in said
     assert "{'hidden': 4, 'seen elsewhere': 1, '.heic': 1, '.txt': 1}" in said
+
+
+def make_tar(path, folder, **options):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        tar.add(folder, ".")
+    return path
+
+
+@pytest.fixture
+def tars(tmp_path, labelled, monkeypatch):
+    """What holds the images of `labelled`: a tar, a folder of tars of tars, as of ImageNet."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    for part in ("train", "val"):
+        for name in "abc":
+            make_tar(tmp_path / part / f"{name}.tar", labelled / part / name)
+        make_tar(tmp_path / "nested" / f"{part}.tar", tmp_path / part)
+    return [make_tar(tmp_path / "all.tar", labelled, format=tarfile.PAX_FORMAT), tmp_path / "nested"]
+
+
+def test_tars_hold_what_the_folder_holds(tars, labelled, tmp_path, monkeypatch):
+    expected = finetune_cls.open_labelled(finetune_cls.Config(data=str(labelled)))
+    for data in map(str, tars):
+        for opened in range(2):  # the second time from the index
+            for ours, other in zip(masking.open_images(data, 32, 100), expected):
+                assert ours.stems() == other.stems() and ours.fingerprint() == other.fingerprint()
+                for index in range(len(ours)):
+                    assert torch.equal(ours.load(index)[0], other.load(index)[0])
+            monkeypatch.setattr(masking, "list_tar", None)
+        for ours, other in zip(finetune_cls.open_labelled(finetune_cls.Config(data=data)), expected):
+            assert ours.classes == other.classes
+            labels = [[images.read_label(key) for key in images.keys] for images in (ours, other)]
+            assert labels[0] == labels[1]
+        monkeypatch.undo(), monkeypatch.setattr(torch.hub, "get_dir", lambda: f"{tmp_path}/hub")
+    shards = [make_tar(tmp_path / "shards" / f"{n}.tar", labelled / "train" / n) for n in "abc"]
+    images = masking.all_images(str(tmp_path / "shards"))
+    assert images.stems() == expected[0].stems()  # a flat tar is a class
+    os.utime(shards[0], (1, 1))  # another one now
+    monkeypatch.setattr(masking, "list_tar", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        masking.all_images(str(tmp_path / "shards"))
+
+
+def test_runs_on_a_tar_are_those_on_its_folder(tars, labelled, tmp_path, dvae):
+    words = [f"--tokenizer=dvae:{dvae}", "--num_workers=1", "--batch_size=4"]
+    losses = [[line["loss"] for line in toy(tmp_path / f"{number}", f"--data={data}", *words)]
+              for number, data in enumerate((labelled, tars[0]))]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    toy(tmp_path / "0", f"--data={tars[1]}", *words)  # the same run
+    toy_cls(tmp_path / "cls", f"--data={tars[0]}")
+    for data in (labelled, tars[0]):
+        finetune_cls.main([*COMMON, "--task=predict", f"--data={data}", f"--out={tmp_path}/cls",
+                           f"--weights={tmp_path}/cls/checkpoint.pt"])
+        rows = list(csv.reader(open(tmp_path / "cls" / "predictions.csv")))
+        assert len(rows) == 35 and rows[1][0] == "train/a/0.png"
+
+
+def test_tars_that_cannot_be_read_in_place_are_one_line(tars, tmp_path, capsys):
+    whole = tars[0].read_bytes()
+    images = whole[: -(-len(whole.rstrip(b"\0")) // 512) * 512]
+    bad = tmp_path / "bad.tar"
+    for content, message in (
+        (gzip.compress(whole), "without compression (invalid header)"), (b"", "(empty file)"),
+        (whole[: len(whole) // 2], "(unexpected end"), (images, "(its end is missing)"),
+        (bytes(10240), "no two images"),
+    ):
+        bad.write_bytes(content)
+        text = error_of(capsys, *TOY, "--tokenizer=pixel", f"--data={bad}", f"--out={tmp_path}/o")
+        assert message in text and "bad.tar: " in text
 
 
 def test_only_the_outline_of_a_shape_identifies_its_class():
