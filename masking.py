@@ -525,14 +525,14 @@ def folder_images(folder, without=()):
 
 
 def log_found(source, paths, left_out):
+    """What was found: images, how many in the first folders, and what was left out, by reason."""
     parts = (path[len(str(source)) :].lstrip(os.sep).partition(os.sep) for path in paths)
     inside = Counter(place for place, is_folder, _ in parts if is_folder)
     log(f"{source}: {len(paths):,} images; {len(inside)} folders, such as "
         f"{dict([*inside.items()][:10])}; left out: {dict(left_out)}")
 
 
-# Tar files are read in place, without being unpacked. The path of an image in one is that of the
-# tar or of the folder of tars, and below it that in the tar.
+# ---- tar files, read in place: an image's path is that of the tar, and below it that in the tar ---
 
 def find_tars(data):
     """The tar files that --data means: itself, or those in a folder or in its train/ and val/."""
@@ -544,7 +544,7 @@ def find_tars(data):
 
 def tar_images(data, tars):
     """The images in tar files. Where they lie in them is found once and kept in torch's hub cache,
-    as two arrays that all processes share: paths, and rows of (tar, offset, length)."""
+    as two arrays that all processes share: sorted paths, and rows of (tar, offset, length)."""
     state = [(os.path.abspath(tar), os.stat(tar).st_size, os.stat(tar).st_mtime) for tar in tars]
     digest = hashlib.sha256(repr((data, state)).encode(errors="surrogateescape")).hexdigest()[:16]
     index = [os.path.join(torch.hub.get_dir(), "tars", f"{digest}_{name}.npy")
@@ -553,60 +553,67 @@ def tar_images(data, tars):
         found = {}  # path -> its place
         left_out = Counter()
         for number, tar in enumerate(tars):
-            inside = {}
-            try:
-                with open(tar, "rb") as file:
-                    list_tar(file, number, 0, "", inside, left_out)
-                    file.seek(-512, os.SEEK_END)  # a whole tar ends with zeros
-                    if any(file.read()):
-                        raise EOFError("its end is missing")
-            except (tarfile.TarError, OSError, EOFError) as error:
-                raise BadInput(f"{tar}: cannot be read as a tar without compression ({error}); "
-                               "copy it again, or unpack it") from error
+            inside = tar_places(tar, number, left_out)
             folder = os.path.splitext(tar[len(data) + 1 :])[0]
             named = os.path.basename(folder).lower() in TRAIN + VAL
             if not named and any("/" in name for name in inside):
                 folder = os.path.dirname(folder)  # else its own name is that of a part or class
-            inside = {os.path.join(data, folder, name): place for name, place in inside.items()}
-            left_out.update(["seen elsewhere"] * len(found.keys() & inside.keys()))
-            found |= inside
+            found |= {os.path.join(data, folder, name): inside[name] for name in inside}
         paths = sorted(found, key=os.fsencode)
         log_found(data, paths, left_out)
         arrays = np.array([*map(os.fsencode, paths)], "S"), np.array([found[p] for p in paths])
-        for path, array in zip(index, arrays):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            np.save(f"{path}.{os.getpid()}.npy", array)
-            os.replace(f"{path}.{os.getpid()}.npy", path)
+        try:
+            os.makedirs(os.path.dirname(index[0]), exist_ok=True)
+            for path, array in zip(index, arrays):
+                np.save(f"{path}.{os.getpid()}.npy", array)
+                os.replace(f"{path}.{os.getpid()}.npy", path)
+        except OSError as error:
+            raise BadInput(f"{data}: its index cannot be written ({error}); set TORCH_HOME to a "
+                           "folder that you may write to") from error
     paths, places = [np.load(path, mmap_mode="r") for path in index]
+    log(f"{data}: {len(paths):,} images in {len(tars)} tar files, index {index[0]}")
     return Images(Paths(paths), functools.partial(read_member, tars, paths, places), data)
 
 
-def list_tar(file, number, start, where, found, left_out):
-    """Add to `found` {path: (number, offset, length)} what an open tar holds, whose offsets begin
-    at `start`. A tar in it, such as ImageNet's of each class, is a folder."""
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tqdm(tar, "listing", leave=False, disable=rank() > 0 or start > 0 or None):
-            name = os.path.normpath(member.name)
-            ending = os.path.splitext(name)[1].lower()
-            if member.isdir():
-                continue
-            if not member.isfile() or any(map(HIDDEN.match, name.split("/"))):
-                left_out["hidden"] += 1
-            elif ending == ".tar":
-                folder = os.path.join(where, name[: -len(ending)])
-                list_tar(tar.extractfile(member), number, start + member.offset_data, folder,
-                         found, left_out)
-            elif ending in ENDINGS:
-                place = (number, start + member.offset_data, member.size)
-                found[os.path.join(where, name)] = place
-            else:
-                left_out[ending or "without ending"] += 1
+def tar_places(tar, number, left_out):
+    """{path in a tar: (number of the tar, offset, length)} of its images."""
+    try:
+        with open(tar, "rb") as file:
+            members = tqdm(list_tar(file, left_out), tar, leave=False, disable=rank() > 0 or None)
+            places = {path: (number, *place) for path, *place in members}
+            file.seek(-512, os.SEEK_END)  # a whole tar ends with zeros
+            if any(file.read()):
+                raise EOFError("its end is missing")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise BadInput(f"{tar}: cannot be read as a tar without compression ({error}); copy it "
+                       "again, or unpack it") from error
+    return places
+
+
+def list_tar(file, left_out):
+    """(path, offset, length) of each image in an open tar. A tar in it, such as that of a class in
+    ImageNet's, is a folder."""
+    tar = tarfile.open(fileobj=file, mode="r:")
+    for member in tar:
+        name = os.path.normpath(member.name)
+        stem, ending = os.path.splitext(name)
+        if member.isdir():
+            continue
+        if not member.isfile() or any(map(HIDDEN.match, name.split("/"))):
+            left_out["hidden"] += 1
+        elif ending.lower() == ".tar":
+            for path, offset, length in list_tar(tar.extractfile(member), left_out):
+                yield os.path.join(stem, path), member.offset_data + offset, length
+        elif ending.lower() in ENDINGS:
+            yield name, member.offset_data, member.size
+        else:
+            left_out[ending.lower() or "without ending"] += 1
 
 
 def tar_part(images, folder):
     """Those of a tar's images that lie below a folder in it."""
-    first, end = np.searchsorted(images.keys.array, [os.fsencode(f"{folder}/"),
-                                                     os.fsencode(f"{folder}0")])  # "/" + 1
+    ends = [os.fsencode(f"{folder}/"), os.fsencode(f"{folder}0")]  # "0" comes after "/"
+    first, end = np.searchsorted(images.keys.array, ends)
     return replace(images, keys=images.keys[first:end], source=folder)
 
 
@@ -615,6 +622,8 @@ def read_member(tars, paths, places, path):
     number, offset, length = places[row].tolist()
     return decode(np.fromfile(tars[number], np.uint8, length, offset=offset))
 
+
+# ---- files of images -----------------------------------------------------------------------------
 
 def read_image(path):
     """The picture in a file as uint8 RGB (3, height, width), turned as its EXIF tag says."""
