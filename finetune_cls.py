@@ -33,8 +33,9 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 from masking import (
-    BICUBIC, DATASETS, NORMS, BadInput, all_images, batches_of_all, copy_to, derive_seed, evenly,
-    fit_size, make_loader, named_images, normalize, open_parts, open_pictures, rank, world_size,
+    BICUBIC, DATASETS, NORMS, BadInput, batches_of_all, copy_to, derive_seed, evenly, fit_size,
+    folder_images, make_loader, named_images, normalize, open_parts, open_pictures, rank,
+    world_size,
 )
 from model import (
     Classifier, LinearProbes, ViT, load_weights, optional, read_network, write_atomically,
@@ -494,7 +495,7 @@ def predict(config):
     OUT/predictions.png, a contact sheet. It needs no options but the files: --weights knows all."""
     config = as_trained(config, *NETWORK, "eval_crop")
     device, dtype = setup_device(config)
-    images = all_images(config.data, config.out)
+    images = folder_images(config.data, [config.out])
     if not len(images):
         raise BadInput(f"--data={config.data}: no folder or tar with images to classify")
     state, arch, known = read_network(config.weights)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from finetune_cls import confusion
 from masking import (
-    BadInput, all_images, copy_to, denormalize, derive_seed, evenly, fit_size, folder_images,
+    BadInput, copy_to, denormalize, derive_seed, evenly, fit_size, folder_images,
     local_shard, named_images, normalize, permutation, world_size,
 )
 from model import Segmenter, load_weights, write_atomically
@@ -503,7 +503,7 @@ def predict(config):
     """Write OUT/labels/NAME.png, with the numbers of a label map, and OUT/overlay/NAME.png for each
     image in --data, at its own size."""
     device, dtype = setup_device(config)
-    images = all_images(config.data, config.out)
+    images = folder_images(config.data, [config.out])
     if not len(images):
         raise BadInput(f"--data={config.data}: no folder or tar with images to predict")
     model = Segmentation(config, trained=True).to(device).eval().model

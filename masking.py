@@ -369,25 +369,11 @@ def evenly(count, most):
 
 # ---- images --------------------------------------------------------------------------------------
 
-class Paths:
-    """Paths in one array of bytes. Loader processes share it, but would copy a list's strings."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __len__(self):
-        return len(self.array)
-
-    def __getitem__(self, index):
-        found = self.array[index]
-        return os.fsdecode(found) if isinstance(found, bytes) else Paths(found)
-
-
 @dataclass
 class Images:
     """A list of images: their keys, and functions of a key."""
 
-    keys: list  # paths (a list or Paths) or numbers
+    keys: list  # paths or numbers; one array, as loaders would copy a list of strings
     read: Callable  # -> RGB image: Pillow's, or uint8 (height, width, 3) array or (3, ...) tensor
     source: str  # for messages
     read_label: Callable = None  # -> the number of one of `classes`; None: there are no labels
@@ -395,6 +381,7 @@ class Images:
     read_label_map: Callable = None  # -> int64 (height, width); None: there are no label maps
 
     def __post_init__(self):
+        self.keys = np.asarray(self.keys)
         if self.classes is not None:
             self.classes = [str(name) for name in self.classes]
 
@@ -435,9 +422,7 @@ class Images:
         return f"{len(self)} images, names {digest.hexdigest()[:8]}"
 
     def subset(self, indices):
-        if isinstance(self.keys, Paths):
-            return replace(self, keys=self.keys[np.asarray(indices, int)])
-        return replace(self, keys=[self.keys[index] for index in indices])
+        return replace(self, keys=self.keys[np.asarray(indices, int)])
 
     def split(self, count):
         """(`count` images taken evenly from the whole list, the rest)."""
@@ -458,7 +443,8 @@ VAL = ("val", "valid", "validation", "test", "testing")
 def open_parts(data, without=(), needs_training=True):
     """[training images, held-out ones] of a folder, or of tar files, with a folder for one or both
     of them, else [all images]: train/ beside other folders than these is a class."""
-    if tars := find_tars(data):
+    tars = find_tars(data)
+    if tars:
         archive = tar_images(data, tars)
         folders = {key[len(data) + 1 :].partition("/")[0] for key in archive.keys}
     elif os.path.isdir(data):
@@ -476,16 +462,13 @@ def open_parts(data, without=(), needs_training=True):
     return [folder_images(train, [*held_out.keys, *without]) if needs_training else None, held_out]
 
 
-def all_images(data, *without):
-    """All images in a folder and below it, or in tar files."""
-    tars = find_tars(data)
-    return tar_images(data, tars) if tars else folder_images(data, without)
-
-
 def folder_images(folder, without=()):
-    """All images in a folder and below it, in the order of their paths. A file counts once, even if
-    several links lead to it, and not at all if a path in `without` leads to it or to its folder.
-    Hidden files and folders are left out, and those of systems. Logs what was found."""
+    """All images in a folder and below it, or in tar files, in the order of their paths. A file
+    counts once, even if several links lead to it, and not at all if a path in `without` leads to it
+    or to its folder. Hidden files and folders are left out, and those of systems. Logs what was
+    found."""
+    if tars := find_tars(folder):
+        return tar_images(folder, tars)
     held_out = {os.path.realpath(path) for path in without}
     if os.path.realpath(folder) in held_out:
         raise BadInput(f"{folder}: is --out too, whose pictures are no data; give another --out")
@@ -519,9 +502,8 @@ def folder_images(folder, without=()):
             else:
                 left_out[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
     kept = sorted(path for file, path in found.items() if file not in held_out)
-    paths = Paths(np.array([os.fsencode(path) for path in kept], "S"))
-    log_found(folder, paths, left_out)
-    return Images(paths, read_image, folder)
+    log_found(folder, kept, left_out)
+    return Images(kept, read_image, folder)
 
 
 def log_found(source, paths, left_out):
@@ -532,7 +514,7 @@ def log_found(source, paths, left_out):
         f"{dict([*inside.items()][:10])}; left out: {dict(left_out)}")
 
 
-# ---- tar files, read in place: an image's path is that of the tar, and below it that in the tar ---
+# ---- tar files, read in place: an image's path is the tar's, and below it that in the tar --------
 
 def find_tars(data):
     """The tar files that --data means: itself, or those in a folder or in its train/ and val/."""
@@ -559,12 +541,11 @@ def tar_images(data, tars):
             if not named and any("/" in name for name in inside):
                 folder = os.path.dirname(folder)  # else its own name is that of a part or class
             found |= {os.path.join(data, folder, name): inside[name] for name in inside}
-        paths = sorted(found, key=os.fsencode)
-        log_found(data, paths, left_out)
-        arrays = np.array([*map(os.fsencode, paths)], "S"), np.array([found[p] for p in paths])
+        log_found(data, sorted(found), left_out)
+        rows = sorted(found), [found[path] for path in sorted(found)]
         try:
             os.makedirs(os.path.dirname(index[0]), exist_ok=True)
-            for path, array in zip(index, arrays):
+            for path, array in zip(index, rows):
                 np.save(f"{path}.{os.getpid()}.npy", array)
                 os.replace(f"{path}.{os.getpid()}.npy", path)
         except OSError as error:
@@ -572,7 +553,7 @@ def tar_images(data, tars):
                            "folder that you may write to") from error
     paths, places = [np.load(path, mmap_mode="r") for path in index]
     log(f"{data}: {len(paths):,} images in {len(tars)} tar files, index {index[0]}")
-    return Images(Paths(paths), functools.partial(read_member, tars, paths, places), data)
+    return Images(paths, functools.partial(read_member, tars, paths, places), data)
 
 
 def tar_places(tar, number, left_out):
@@ -612,14 +593,12 @@ def list_tar(file, left_out):
 
 def tar_part(images, folder):
     """Those of a tar's images that lie below a folder in it."""
-    ends = [os.fsencode(f"{folder}/"), os.fsencode(f"{folder}0")]  # "0" comes after "/"
-    first, end = np.searchsorted(images.keys.array, ends)
+    first, end = np.searchsorted(images.keys, [f"{folder}/", f"{folder}0"])  # "0" follows "/"
     return replace(images, keys=images.keys[first:end], source=folder)
 
 
 def read_member(tars, paths, places, path):
-    row = np.searchsorted(paths, np.array(os.fsencode(path), paths.dtype))
-    number, offset, length = places[row].tolist()
+    number, offset, length = places[np.searchsorted(paths, path)].tolist()
     return decode(np.fromfile(tars[number], np.uint8, length, offset=offset))
 
 
@@ -672,7 +651,7 @@ def open_images(data, image_size, val_images, *without):
     folder, but for what lies in `without`. Up to a tenth is held out if the folder has no val/."""
     train, *val = named_images(data, image_size) or open_parts(data, without)
     if not len(train) and val:
-        train, val = all_images(data, *without), ()
+        train, val = folder_images(data, without), ()
     if val and len(val := val[0]):
         val = val.split(val_images)[0]
     else:
@@ -686,7 +665,7 @@ def open_pictures(data, image_size, *without):
     """Images to look at: that of a file, or 8 of a folder or of a data set's held-out ones."""
     if os.path.isfile(data) and not find_tars(data):
         return Images([data], read_image, os.path.dirname(data))
-    if os.path.exists(data) and len(images := all_images(data, *without)):
+    if os.path.exists(data) and len(images := folder_images(data, without)):
         return images.split(8)[0]
     return open_images(data, image_size, 8)[1]
 
