@@ -3367,7 +3367,7 @@ def test_bad_input_of_segmentation_gets_one_line(mapped, tmp_path, capsys):
         (broken, ".png: cannot be read as an image"),
         (folder("jpeg", grey, ending="jpg"), "a JPEG; its compression makes up labels"),
         ("--patch_size=16 --image_size=40", "no multiple of patch_size"),
-        (f"--data=/no --task=predict --weights={tmp_path}/x.pt", "no folder with images"),
+        (f"--data=/no --task=predict --weights={tmp_path}/x.pt", "no folder or tar with images"),
         "--micro_batch=0: give 1 or more", "--val_images=-1: give 0 or more",
         "--scales=nan: give numbers above 0", "--scales=1,big: give numbers above 0",
         "--task=eval: give --weights=FILE", "--scale_min=3.0: give more than 0 and at most",
