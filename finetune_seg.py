@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
@@ -162,7 +163,7 @@ def train(config):
     count_labels(train_images, config)
     torch.manual_seed(config.seed)
     objective = Segmentation(config).to(device)
-    if world_size() > 1 and device.type == "cuda":  # on the CPU each process has its own statistics
+    if dist.is_initialized() and device.type == "cuda":  # on the CPU each process has its own statistics
         objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     dataset = LabelMapViews(train_images, config, train=True)
     val_dataset = LabelMapViews(val_images, config, train=False)

@@ -532,14 +532,15 @@ def sharpen_gradients(objective, rho, backward):
 
 
 def parallelize(objective, config):
-    """The objective with --compile and --checkpointing, in DDP if there are several processes."""
+    """The objective with --compile and --checkpointing, in DDP if torchrun started the run."""
     for module in objective.modules():
         if isinstance(module, ViT):
             module.checkpointing = config.checkpointing
         if isinstance(module, Block) and config.compile:
             module.compile()
-    several = world_size() > 1
-    return DistributedDataParallel(objective, broadcast_buffers=False) if several else objective
+    if not dist.is_initialized():
+        return objective
+    return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 # ---- processes and devices -----------------------------------------------------------------------
@@ -547,7 +548,7 @@ def parallelize(objective, config):
 def all_reduce_sum(*numbers):
     """The sums of numbers over all processes, as floats (float64, on the CPU: no GPU waits)."""
     total = torch.tensor(numbers, dtype=torch.float64)
-    if world_size() > 1:
+    if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
 
@@ -587,7 +588,7 @@ def setup_device(config):
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if world_size() > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun's, also if it has one process
         # gradients go over nccl, the few numbers that the host needs over gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     dtype = config.dtype

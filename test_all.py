@@ -28,6 +28,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
@@ -219,6 +220,16 @@ def evaluated(path, side=32):
 def seeded():
     """So that a test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """What torchrun --nproc_per_node=1 gives its process."""
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
@@ -2028,6 +2039,34 @@ def test_processes_and_accumulation_do_not_change_the_gradient(script, words, ru
                      "val_unigram_entropy", "val_feature_std"} & line.keys():
             rtol = 1e-2 if name == "val_feature_std" else close
             assert math.isclose(line[name], lines[0][name], rel_tol=rtol), name
+
+
+@pytest.mark.parametrize("script, words", [
+    ("pretrain", "--contrast=moco --projector_dim=16 --tokenizer=pixel"), ("finetune_cls", ""),
+    ("finetune_seg", "--data=MAPPED"),
+])
+def test_one_process_under_torchrun_computes_the_same(script, words, tmp_path, mapped, one_process,
+                                                      monkeypatch):
+    """Its group runs all that several GPUs would. DDP keeps a gradient once, in its buckets."""
+    kept = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def look(parameters, *args):
+        parameters = list(parameters)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        kept.append(sum(grad.untyped_storage().nbytes() > grad.nbytes for grad in grads))
+        return clip(parameters, *args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", look)
+    words = [*TOYS[script], *words.replace("MAPPED", str(mapped)).split(), "--steps=2"]
+    SCRIPTS[script].main([*words, f"--out={tmp_path}/group"])
+    assert dist.get_world_size() == 1 and min(kept) > 40
+    dist.destroy_process_group()
+    monkeypatch.delenv("RANK")
+    kept.clear()
+    SCRIPTS[script].main([*words, f"--out={tmp_path}/alone"])
+    assert max(kept) < 20 and not dist.is_initialized()  # only attention's biases share a gradient
+    assert same_weights(tmp_path / "group", tmp_path / "alone")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
