@@ -163,7 +163,7 @@ def train(config):
     count_labels(train_images, config)
     torch.manual_seed(config.seed)
     objective = Segmentation(config).to(device)
-    if dist.is_initialized() and device.type == "cuda":  # on the CPU each process has its own statistics
+    if dist.is_initialized() and device.type == "cuda":  # on the CPU each has its own statistics
         objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
     dataset = LabelMapViews(train_images, config, train=True)
     val_dataset = LabelMapViews(val_images, config, train=False)

@@ -284,6 +284,10 @@ def jitter_colors(images, factors):
 
 # ---- batches -------------------------------------------------------------------------------------
 
+# These stop a run, which saves first. After SIGTERM torchrun kills it in 30 seconds.
+STOP_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
+
+
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -349,11 +353,12 @@ def make_loader(dataset, batches, workers, device):
     forks = workers and sys.platform == "linux" and not get_start_method(allow_none=True)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       multiprocessing_context="fork" if forks else None,
-                      persistent_workers=workers > 0, worker_init_fn=ignore_sigterm)
+                      persistent_workers=workers > 0, worker_init_fn=ignore_signals)
 
 
-def ignore_sigterm(worker):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a cluster sends it to all; the loop handles it
+def ignore_signals(worker):
+    for number in STOP_SIGNALS:  # a cluster sends them to all processes; the loop handles them
+        signal.signal(number, signal.SIG_IGN)
 
 
 def micro_batches(batch, size):

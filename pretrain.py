@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import glob
 import hashlib
 import inspect
 import json
@@ -51,7 +52,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from masking import (
-    BICUBIC, DATASETS, MASKS, NORMS, BadInput, Views, batch_of_step, batches_of_all,
+    BICUBIC, DATASETS, MASKS, NORMS, STOP_SIGNALS, BadInput, Views, batch_of_step, batches_of_all,
     batches_of_steps, denormalize, derive_seed, draw_mask, evenly, fit_size, local_shard,
     log, make_loader, micro_batches, network_inputs, normalize, open_images, open_pictures,
     permutation, rank, ssl_augment, world_size,
@@ -114,7 +115,7 @@ class RunConfig:
     resume: Free[Literal["auto", "never"]] = "auto"  # "never": start over, replacing --out
     log_every: Free[int] = 50  # steps between log lines; at each the CPU waits for the GPU
     eval_every: Free[int] = 6250  # steps between evaluations with pictures, 0 for one at the end
-    save_every: Free[int] = 1250  # steps between checkpoints: a crash loses them, SIGTERM none
+    save_every: Free[int] = 1250  # steps between checkpoints: a crash loses them, a signal none
     norm: str = "imagenet"  # pixel mean and deviation; "half" for the authors' ImageNet-22k weights
     skip_bad_images: Free[bool] = False  # count and skip unreadable images; false stops at one
     tensorboard: Free[bool] = False  # also log for TensorBoard, which must be installed
@@ -324,7 +325,7 @@ class MaskedImageModeling(Objective):
 # ---- the loop of all three scripts ---------------------------------------------------------------
 
 def fit(objective, dataset, val_dataset, config, device, dtype):
-    """Train, from the checkpoint in --out if any. Returns whether the run is done (no SIGTERM)."""
+    """Train, from the checkpoint in --out if any. Returns whether it is done: a signal stops it."""
     steps, steps_per_epoch, warmup = run_length(config, len(dataset))
     if len(val_dataset) < world_size():
         raise BadInput(f"--data={config.data}: {len(val_dataset)} held-out images are too few")
@@ -342,8 +343,18 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
     loader = make_loader(dataset, batches, config.num_workers, device)
     logger = Logger(config, dataset.images, start, steps, steps_per_epoch)
 
+    def evaluation():
+        metrics = evaluate(objective, val_dataset, config, device, dtype, logger.done / steps)
+        if rank() == 0:
+            columns = objective.pictures(val_dataset, device, dtype)
+            save_columns(f"{config.out}/{objective.picture_file}", columns)
+        objective.train()
+        logger.write(metrics)
+
+    if logger.lost_evaluation():
+        evaluation()
     for step, batch in enumerate(loader, start):
-        # between the CPUs of all processes: what to divide sums by, and whether one got SIGTERM
+        # between the CPUs of all processes: what to divide sums by, and whether one got a signal
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
         if stop:
             break
@@ -380,20 +391,16 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
         metrics["grad_norm"] = grad_norm / world_size()  # the logger adds up the processes' shares
         due = logger.add(metrics, batch)  # until something is due, the CPU does not wait for a GPU
         if due:
-            record = logger.read(lr)
-            if "evaluation" in due:
-                done = logger.done / steps
-                record |= evaluate(objective, val_dataset, config, device, dtype, done)
-                if rank() == 0:
-                    columns = objective.pictures(val_dataset, device, dtype)
-                    save_columns(f"{config.out}/{objective.picture_file}", columns)
-                objective.train()
-            logger.write(record)
+            logger.write(logger.read(lr))
         if "checkpoint" in due:
             save_run(config, objective, optimizer, scaler, logger.done)
-    if not logger.close():
+        if "evaluation" in due:  # after the save: a kill may cut it off
+            evaluation()
+    if logger.history:  # a signal came
+        logger.read(0.0)  # raises if a loss is not finite, before anything is saved
+    if "checkpoint" not in logger.due():
         save_run(config, objective, optimizer, scaler, logger.done)
-        log(f"SIGTERM: saved step {logger.done}; with --resume=auto the same command goes on there")
+    logger.close()
     return logger.done == steps
 
 
@@ -450,7 +457,7 @@ def main(argv=None):
         return plan(config)
     target = objective_class.target(config)
     if target in PREREQUISITES and not make_prerequisite(config, target):
-        return None  # stopped by SIGTERM
+        return False  # stopped by a signal
     return train(config)
 
 
@@ -629,12 +636,15 @@ def claim_folder(config, images):
     if rank() == 0:
         try:
             lock_folder(out)
-            if config.resume == "never":  # else a run killed before its first save went on there
-                for checkpoint in saved_in(out):
-                    os.remove(checkpoint)
+            useless = glob.glob(f"{glob.escape(out)}/checkpoint.pt.*.tmp")  # of killed saves
+            if config.resume == "never":  # else a run killed before its first save went on with it
+                useless += saved_in(out)
+            for checkpoint in useless:
+                os.remove(checkpoint)
             write_json(path, options)
         except OSError as error:
             raise BadInput(f"--out={out}: cannot be written ({error})") from error
+    barrier()  # the others read no checkpoint before the folder is this run's
 
 
 def lock_folder(out):
@@ -673,6 +683,7 @@ def save_checkpoint(config, model, step, **state):
         out = config.out
         with write_atomically(f"{out}/checkpoint.pt", keep=f"{out}/previous.pt") as file:
             torch.save(state, file)
+    barrier()  # torchrun stops all processes when the first one leaves
 
 
 def load_run(config, objective, optimizer, scaler):
@@ -711,6 +722,8 @@ def load_checkpoint(out):
 class Logger:
     """A run's progress bar, what is due when, and the records for SINKS."""
 
+    stop = False
+
     def __init__(self, config, images, start, steps, steps_per_epoch):
         self.config = config
         self.images = images
@@ -718,23 +731,28 @@ class Logger:
         self.steps_per_epoch = steps_per_epoch
         self.done = self.logged = start
         self.clock = time.time()
-        self.stop = False
         self.history = []
         self.skipped_steps = self.bad_images = 0
-        signal.signal(signal.SIGTERM, self.on_sigterm)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.on_signal)
         self.bar = tqdm(total=steps, initial=start, disable=no_progress_bar())
         self.sinks = [make(config, start) for make in SINKS.values()] if rank() == 0 else []
 
-    def on_sigterm(self, *_):
-        self.stop = True  # `fit` ends before its next step and saves; loaders ignore the signal
+    def on_signal(self, *_):
+        # `fit`, or that of a following run, ends before its next step; loaders ignore the signal
+        Logger.stop = True
 
     def add(self, metrics, batch):
         """Note this process's shares of a step's loss, metrics and gradient norm, without waiting
-        for the GPU. Returns what is due: a set of "log", "evaluation" and "checkpoint"."""
+        for the GPU. Returns what is due."""
         self.history.append(metrics)
         self.bad_images += int(batch["skipped"].sum())
         self.done += 1
         self.bar.update()
+        return self.due()
+
+    def due(self):
+        """What is due after the last step: a set of "log", "evaluation" and "checkpoint"."""
         due = {"log": self.config.log_every, "evaluation": self.config.eval_every,
                "checkpoint": self.config.save_every}
         last = self.done == self.steps
@@ -758,8 +776,7 @@ class Logger:
                                          f"images of its batch: {shown}")
         self.history.clear()
         self.skipped_steps += int((~np.isfinite(rows[:, -1])).sum())  # by float16's loss scaling
-        record = {"step": self.done, "epoch": round(self.done / self.steps_per_epoch, 4)}
-        record |= dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
+        record = dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
         seconds = time.time() - self.clock
         record["images_per_s"] = (self.done - self.logged) * self.config.batch_size / seconds
         if self.skipped_steps:
@@ -768,7 +785,15 @@ class Logger:
             record["bad_images"] = bad
         return record
 
-    def write(self, record):
+    def lost_evaluation(self):
+        """Whether a kill cut off the evaluation after the step that the run goes on from."""
+        lines = read_metrics(os.path.join(self.config.out, "metrics.jsonl"))
+        known = [line for line in lines if line["step"] == self.done and "val_" in str(line)]
+        lost = self.done and "evaluation" in self.due()
+        return lost and not all_reduce_sum(len(known))[0]
+
+    def write(self, metrics):
+        record = {"step": self.done, "epoch": round(self.done / self.steps_per_epoch, 4), **metrics}
         log(*(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
         self.logged = self.done
         self.clock = time.time()
@@ -776,12 +801,12 @@ class Logger:
             sink(record)
 
     def close(self):
-        """After the loop. Returns whether the run is complete; SIGTERM can cut it short."""
         self.bar.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if self.history:
-            self.read(0.0)  # raises if a loss is not finite, before anything is saved
-        return self.done == self.steps
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self.done < self.steps:
+            log(f"stopped by a signal after step {self.done}; with --resume=auto the same command "
+                "goes on there")
 
 
 def metrics_file(config, start):
@@ -984,9 +1009,10 @@ REMEDIES = {
 
 def run(main):
     """Call main(). Bad input becomes one line and exit code 2, an error of the machine one line
-    with its remedy and code 1; any other error keeps its traceback."""
+    with its remedy and code 1; any other error keeps its traceback. The code of a run that a signal
+    stopped is 143, so that a shell's && does not go on."""
     try:
-        main()
+        done = main()
     except Exception as error:
         # a loader process's message is the last line, after its traceback
         message = str(error).strip().rpartition("\n")[2].removeprefix("masking.BadInput: ")
@@ -998,6 +1024,8 @@ def run(main):
         leave(traceback.format_exc(), 1)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if done is False:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def leave(text, code):
@@ -1258,9 +1286,7 @@ def make_prerequisite(config, target):
     options |= dict(task=task, out=f"{config.out}/tokenizer", token_cache="none", bench=False,
                     steps=config.tokenizer_steps, lr=config.tokenizer_lr, warmup_epochs=0,
                     warmup_steps=config.tokenizer_warmup)
-    done = make(Config(**options))
-    barrier()  # until the first process has written the checkpoint
-    return done
+    return make(Config(**options))
 
 
 def fit_pca(config):

@@ -7,10 +7,12 @@ transformers are compared with where they are installed. The order is that of th
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
 import gzip
+import glob
 import itertools
 import json
 import math
@@ -24,6 +26,7 @@ import tarfile
 import time
 import types
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1719,7 +1722,8 @@ def test_a_fork_is_one_function_and_one_line(tmp_path, monkeypatch, capsys):
     lines = toy(tmp_path / "doubled", *words, "--task=doubled")
     assert [line["lr"] for line in lines] == [3e-3] * 3 + [1e-5 + 0.25 * (3e-3 - 1e-5)] * 3
     assert abs(lines[0]["half"] / 10 - 1) < 0.1  # of (2 - almost 0)^2 and (4 - almost 0)^2
-    assert lines[0]["loss"] == 2 * lines[0]["half"] and records == lines
+    assert lines[0]["loss"] == 2 * lines[0]["half"]
+    assert [*records[:5], records[5] | records[6]] == lines  # of an evaluation there is one more
     # of 8 columns as many as the progress of 6 steps says, and all but one at the end, when it is
     # evaluated and draws a picture: without `decode` only of the image and what is masked
     assert masked_columns == [[1], [2], [3], [4], [5], [6], [7], [7]]
@@ -2100,24 +2104,105 @@ def test_killed_runs_end_with_the_same_weights(script, tmp_path, dvae, labelled,
     assert [line["loss"] for line in killed] == [line["loss"] for line in whole]
 
 
-def test_sigterm_saves_and_more_processes_resume(tmp_path, dvae):
+def test_signals_save_and_more_processes_resume(tmp_path, dvae):
+    """One process gets SIGTERM; two, with torchrun and their loaders, get SIGUSR1, as by Slurm."""
     words = [*TOY, f"--tokenizer=dvae:{dvae}", "--steps=80", "--save_every=0", "--num_workers=1"]
-    run = subprocess.Popen([sys.executable, "pretrain.py", *words, f"--out={tmp_path}/run"],
-                           cwd=HERE, stdout=subprocess.PIPE, text=True)
-    for line in run.stdout:
-        if line.startswith("step 5 "):
-            run.send_signal(signal.SIGTERM)
-            break
-    rest = run.communicate(timeout=60)[0]
-    found = re.search(r"SIGTERM: saved step (\d+)", rest)
-    assert run.returncode == 0 and found, rest
-    step = int(found[1])
-    assert saved(tmp_path / "run")["step"] == step < 80
-    done = python("pretrain.py", *words, f"--out={tmp_path}/run", processes=2, timeout=200)
-    assert f"step {step} of 80" in done.stdout
+    words = ["pretrain.py", *words, f"--out={tmp_path}/run"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    step = 0
+    for number, launch, code, last in (
+        (signal.SIGTERM, ["exec", sys.executable], 143, 5),
+        (signal.SIGUSR1, ["trap '' USR1; exec", sys.executable, "-m", *torchrun], 1, 40),
+    ):
+        run = subprocess.Popen(" ".join([*launch, *words]), cwd=HERE, stdout=subprocess.PIPE,
+                               text=True, shell=True)
+        said = ""
+        for line in run.stdout:
+            said += line
+            if line.startswith(f"step {last} "):
+                for path in glob.glob("/proc/[0-9]*/cmdline"):
+                    with contextlib.suppress(OSError):  # another process that just ended
+                        if f"{tmp_path}/run".encode() in Path(path).read_bytes():
+                            os.kill(int(path.split("/")[2]), number)
+                break
+        said += run.communicate(timeout=60)[0]
+        found = re.search(r"stopped by a signal after step (\d+)", said)
+        assert run.returncode == code and found, said
+        assert f"step {step} of 80" in said
+        step = int(found[1])
+        assert saved(tmp_path / "run")["step"] == step < 80
+    python(*words)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 81))
     assert np.mean([line["loss"] for line in lines[-20:]]) < np.mean([x["loss"] for x in lines[:5]])
+
+
+def stopped(call):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.run(call)
+    return stop.value.code == 143
+
+
+def without_speed(lines):
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+def test_a_signal_or_a_kill_during_an_evaluation_or_a_save(tmp_path, dvae, monkeypatch):
+    words = [f"--tokenizer=dvae:{dvae}", "--eval_every=2"]
+    whole = toy(tmp_path / "whole", *words)
+    assert [line["step"] for line in whole if "val_loss" in line] == [2, 4, 6]
+    monkeypatch.setattr(pretrain.Logger, "stop", False, raising=False)
+    out = str(tmp_path / "hit")
+    saves = []
+    save = pretrain.save_checkpoint
+
+    def note(config, *args, **state):
+        saves.append((os.path.basename(config.out), state.get("step", args[1:])))
+        save(config, *args, **state)
+
+    monkeypatch.setattr(pretrain, "save_checkpoint", note)
+    for name in ("evaluate", "save_checkpoint"):
+        for number in (signal.SIGTERM, signal.SIGUSR1, None):
+            pretrain.Logger.stop = False
+            call = getattr(pretrain, name)
+
+            def hit(*args, **options):
+                if number is None:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), number)
+                return call(*args, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(pretrain, name, hit)
+                if number is None:  # a kill, as nothing catches it
+                    with pytest.raises(KeyboardInterrupt):
+                        toy(out, *words, "--resume=never")
+                else:
+                    assert stopped(lambda: pretrain.main([*TOY, f"--out={out}", *words,
+                                                          "--resume=never"]))
+            assert saves == ([] if (name, number) == ("save_checkpoint", None) else [("hit", (2,))])
+            saves.clear()
+            pretrain.Logger.stop = False
+            assert without_speed(toy(out, *words)) == without_speed(whole)
+            assert same_weights(tmp_path / "whole", out)
+            saves.clear()
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_signal_stops_a_tokenizers_training_and_what_would_follow(steps, tmp_path, monkeypatch):
+    """Even during its last evaluation."""
+    monkeypatch.setattr(pretrain.Logger, "stop", False, raising=False)
+    evaluate = pretrain.evaluate
+
+    def hit(*args, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(pretrain, "evaluate", hit)
+    words = [*TOY, f"--out={tmp_path}", f"--tokenizer_steps={steps}", "--eval_every=2"]
+    assert stopped(lambda: pretrain.main(words))
+    assert saved(tmp_path / "tokenizer")["step"] == 2
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_logging_and_saving_and_evaluating_do_not_change_the_training(tmp_path, dvae):
@@ -2138,7 +2223,10 @@ def test_the_log_counts_the_steps_that_float16_skipped(tmp_path):
                             (1.0, 1.0, set())):
         metrics = {"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}
         assert logger.add(metrics, {"skipped": torch.zeros(4)}) == due
-    line = logger.read(0.1)
+    lines = []
+    logger.sinks = [lines.append]
+    logger.write(logger.read(0.1))
+    [line] = lines
     assert (line["skipped_steps"], line["step"], line["epoch"], line["lr"]) == (1, 14, 2.8, 0.1)
     assert (line["loss"], line["grad_norm"]) == (1.0, 1.0)
 
@@ -2174,9 +2262,11 @@ def test_a_run_goes_on_with_the_same_config_and_images_only(tmp_path, dvae, caps
         ("--steps=4", "to train longer, --weights="),
         ("--data=shapes", "20000 images"),
     ])
+    (tmp_path / "out" / "checkpoint.pt.1.tmp").write_bytes(b"of a killed save")
     here.rename(there)  # where the images lie may change, and some options
     words += [f"--data={there}"]
     pretrain.main([*words, "--num_workers=1", "--micro_batch=4"])
+    assert not list((tmp_path / "out").glob("*.tmp"))
     Image.new("RGB", (40, 40)).save(there / "new.png")
     assert re.search("'18 images, .* there, '19 images, .* now", error_of(capsys, *words))
     (there / "class0" / "deep" / "0.png").unlink()  # as many, but others
