@@ -326,6 +326,7 @@ class MaskedImageModeling(Objective):
 
 def fit(objective, dataset, val_dataset, config, device, dtype):
     """Train, from the checkpoint in --out if any. Returns whether it is done: a signal stops it."""
+    agree(f"--data={config.data}", dataset.images.fingerprint())
     steps, steps_per_epoch, warmup = run_length(config, len(dataset))
     if len(val_dataset) < world_size():
         raise BadInput(f"--data={config.data}: {len(val_dataset)} held-out images are too few")
@@ -565,6 +566,18 @@ def barrier():
     all_reduce_sum(0)
 
 
+def agree(where, found):
+    """Stop all processes with one line unless they found the same there."""
+    everywhere = [found] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(everywhere, found)
+    if len(set(everywhere)) > 1:
+        if rank():
+            sys.exit(2)  # the first process says why
+        each = [f"{x} in process {everywhere.index(x)}" for x in dict.fromkeys(everywhere)]
+        raise BadInput(f"{where}: {', '.join(each)}; give all processes the same files")
+
+
 def local_rank0_first(make, *arguments):
     """make(*arguments), on a machine's first process before the others: one download serves all."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -704,17 +717,20 @@ def load_run(config, objective, optimizer, scaler):
 def load_checkpoint(out):
     """The newest undamaged checkpoint in a folder; None if there is none."""
     paths = saved_in(out)
+    found = None
     for path in paths:
         try:
             # torch.load does not look at the checksums, so a flipped bit would go unnoticed
             if bad := zipfile.ZipFile(path).testzip():
                 raise BadInput(f"wrong checksum of {bad}")
-            return read_checkpoint(path)
+            found = read_checkpoint(path)
+            break
         except (BadInput, zipfile.BadZipFile) as error:
             log(f"{path}: damaged ({error}); trying the one before it")
-    if paths:
+    if paths and not found:
         raise BadInput(f"{' and '.join(paths)}: damaged; --resume=never starts the run over")
-    return None
+    agree(f"--out={out}", f"step {found.get('step')}" if found else "no checkpoint")
+    return found
 
 
 # ---- the log, and pictures -----------------------------------------------------------------------
@@ -1004,6 +1020,7 @@ REMEDIES = {
     "No space left on device|Disk quota exceeded|File too large":
         "make room and run it again; the last checkpoint is intact",
     "Permission denied|Read-only file system": "give another --out",
+    "gloo/transport|ncclRemoteError": "another process stopped; its error stands before this",
 }
 
 
@@ -1029,7 +1046,7 @@ def run(main):
 
 
 def leave(text, code):
-    print(text, file=sys.stderr, flush=True)
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one piece: others may print too
     # loader processes ignore sys.exit's SIGTERM, but leave when this process is gone
     os._exit(code) if multiprocessing.active_children() else sys.exit(code)
 

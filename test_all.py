@@ -1802,7 +1802,7 @@ def test_bad_input_gets_one_line(tmp_path, dvae, capsys, monkeypatch):
         ("--steps=many", "argument --steps: invalid int value: 'many'"),
         ("--compile=si", "'si' is neither true nor false"),
         ("--variant=new", "argument --variant: invalid choice: 'new' (choose from"),
-        (f"--data={broken}", "0.png: cannot be read as an image"),
+        (f"--data={broken} --out={tmp_path}/held_out", "0.png: cannot be read as an image"),
         (f"--data={tiny}", "--batch_size=8: must be from 1"),
         f"--data={tmp_path}/empty: holds no two images", "--data=/no/where: no such folder",
         "--seed=-1: give 0 or more", "--num_workers=-1: give 0 or more",
@@ -1855,6 +1855,44 @@ def broken(height, width, num_masked, **options):
 masking.MASKS["broken"] = broken
 pretrain.run(lambda: pretrain.main(sys.argv[1:]))
 """
+
+
+DIFFERENT = """
+import sys, pretrain
+from masking import BadInput, rank
+common, *cases, broken = [word.split() for word in sys.argv[1:]]
+for words in cases:
+    try:
+        pretrain.main([*common, *words[: 2 * rank()]])
+    except (BadInput, SystemExit) as error:
+        print(f"process {rank()}: {error}", flush=True)
+pretrain.run(lambda: pretrain.main([*common, *broken]))
+"""
+
+
+def test_of_several_processes_the_one_with_the_error_speaks(tmp_path):
+    """One has other images, or another checkpoint, or finds a bad image."""
+    (tmp_path / "run.py").write_text(DIFFERENT)
+    here = make_folder(tmp_path / "here", 20)
+    bad = make_folder(tmp_path / "bad", 20)
+    (bad / "class0" / "deep" / "0.png").write_bytes(b"no image")
+    common = [*TOY, "--tokenizer=pixel", f"--data={here}", f"--out={tmp_path}/out"]
+    pretrain.main([*common, "--steps=4"])
+    pretrain.LOCKS.pop(f"{tmp_path}/out").close()
+    common += ["--steps=4", "--num_workers=1"]
+    cases = [f"--data={here}/class0", f"--out={tmp_path}/a_disk_of_its_own",
+             f"--data={bad} --out={tmp_path}/bad_run"]
+    done = python(tmp_path / "run.py", " ".join(common), *cases, processes=2, check=False,
+                  timeout=60, env={**os.environ, "PYTHONPATH": HERE})
+    assert done.returncode
+    said = re.sub(r"names \w+", "names", done.stdout)
+    assert f"process 0: --data={here}: 18 images, names in process 0, 6 images, names in" in said
+    assert f"process 0: --out={tmp_path}/out: step 4 in process 0, no checkpoint in" in said
+    assert said.count("process 1: 2") == 2  # it stops without a word
+    lines = [line for line in done.stderr.splitlines() if not re.match(r"[WE]\d+ |\W*$", line)]
+    assert re.match(r"error: .*0\.png: cannot be read as an image", lines[0])
+    assert re.match(r"error: .*; another process stopped", lines[1])
+    assert "Traceback" in lines[2] and '/pretrain.py", line' not in done.stderr  # torchrun's
 
 
 def failing(error):
