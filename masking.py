@@ -362,9 +362,11 @@ def ignore_signals(worker):
 
 
 def micro_batches(batch, size):
-    """Split a batch, a dict of tensors with a row per image, into parts of at most `size`."""
-    return [{name: value[start : start + size] for name, value in batch.items()}
-            for start in range(0, len(batch["images"]), size)]
+    """Split a batch, a dict of tensors with a row per image, into even parts of at most `size`:
+    --compile makes a graph for each size."""
+    count = math.ceil(len(batch["images"]) / size)
+    parts = zip(*(value.tensor_split(count) for value in batch.values()))
+    return [dict(zip(batch, part)) for part in parts]
 
 
 def evenly(count, most):

@@ -344,6 +344,7 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
     loader = make_loader(dataset, batches, config.num_workers, device)
     logger = Logger(config, dataset.images, start, steps, steps_per_epoch)
 
+    @torch.compiler.set_stance("force_eager")  # for a few batches compiling takes longer
     def evaluation():
         metrics = evaluate(objective, val_dataset, config, device, dtype, logger.done / steps)
         if rank() == 0:
@@ -541,6 +542,9 @@ def sharpen_gradients(objective, rho, backward):
 
 def parallelize(objective, config):
     """The objective with --compile and --checkpointing, in DDP if torchrun started the run."""
+    if config.compile:
+        torch._dynamo.config.optimize_ddp = False  # it cuts a block's graph into two or three
+        torch._dynamo.config.cache_size_limit = 64  # 8: as many as DINO with local crops has
     for module in objective.modules():
         if isinstance(module, ViT):
             module.checkpointing = config.checkpointing
@@ -1468,7 +1472,7 @@ def plan(config):
     batch = sample_batch(Views(images, config, objective.token_size, True, objective.mask,
                                objective.extra_views), trial)
     half = trial // 2 or 1
-    few = micro_batches(batch, half)[0]
+    few = {name: value[:half] for name, value in batch.items()}
     kept = {}  # by the forward pass for the backward pass: address and bytes
 
     def keep(tensor):

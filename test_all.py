@@ -682,6 +682,14 @@ def test_crops_are_distributed_as_torchvisions(size):
         assert np.abs(shares[0] - shares[1]).max() < 0.0276
 
 
+def test_micro_batches_are_even():
+    batch = {"images": torch.arange(171), "mask": torch.arange(171) % 2}
+    parts = masking.micro_batches(batch, 128)
+    assert [len(part["images"]) for part in parts] == [86, 85]
+    for name, whole in batch.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), whole)
+
+
 def test_batches_do_not_depend_on_workers_or_processes(monkeypatch):
     dataset = views_of(parse(*TOY), 16, train=True)
     seen = {}
@@ -2446,6 +2454,28 @@ def test_compiled_blocks_compute_the_same(tmp_path, dvae, monkeypatch):
     for a, b in zip(plain, compiled):
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
     assert same_weights(tmp_path / "plain", tmp_path / "checkpointed")
+
+
+@pytest.mark.parametrize("words, graphs", [
+    # blocks with and without stochastic depth; the pixels of the patches, and the loss
+    ("--tokenizer=pixel --size=tiny", 4),
+    ("--tokenizer=pixel --batch_size=16 --micro_batch=12", 4),  # 8 + 8, not 12 + 4
+    # besides pixels and loss: blocks of both kinds for one view, for two and small ones, and the
+    # teacher's
+    ("--tokenizer=pixel --contrast=dino --local_crops=2 --prototypes=32 --projector_dim=16", 9),
+])
+def test_blocks_are_compiled_once_a_shape_also_in_ddp(words, graphs, tmp_path, one_process,
+                                                      monkeypatch):
+    made = []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    toy(tmp_path, *words.split(), "--compile", "--drop_path=0.1", "--steps=3", "--eval_every=2")
+    assert len(made) == graphs
 
 
 def test_the_plan_of_the_papers_run():
