@@ -272,10 +272,9 @@ class MaskedImageModeling(Objective):
 
     def targets(self, inputs):
         """The tokens (K,) of the patches to predict."""
-        tokens = inputs.get("tokens")  # (B, h, w), from --token_cache
-        if tokens is None:
-            tokens = self.tokenizer.encode(inputs["token_images"])
-        return tokens.flatten(0, 2)[inputs["positions"]]
+        if "tokens" in inputs:  # (B, h, w), from --token_cache
+            return inputs["tokens"].flatten(0, 2)[inputs["positions"]]
+        return self.tokenizer.encode_at(inputs["token_images"], inputs["positions"])
 
     def eval_sums(self, inputs, progress):
         logits = self.model(inputs["images"], inputs["mask"], inputs["positions"])
@@ -1384,7 +1383,7 @@ def open_tokens(folder, config, images, tokenizer, mode):
     check_range(config, 1, math.inf, "cache_epochs")
     digest = hashlib.sha256()
     for value in tokenizer.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
+        digest.update(value.half().cpu().numpy().tobytes())  # a GPU holds DALL-E's in float16
     names = ("seed", "image_size", "patch_size", "crop_min", "jitter", "cache_epochs")
     key = {name: getattr(config, name) for name in names}
     key |= {"images": images.fingerprint(), "tokenizer": digest.hexdigest()[:8]}
@@ -1492,8 +1491,9 @@ def plan(config):
     flops = flops_of(step, few) / half
     cache = "none: its targets are no tokens"
     if hasattr(tokenizer, "vocab_size"):
-        token_images = objective.inputs(few, device)["token_images"]
-        share = flops_of(tokenizer.encode, token_images) / half / flops
+        inputs = objective.inputs(few, device)
+        encode = flops_of(tokenizer.encode_at, inputs["token_images"], inputs["positions"])
+        share = encode / half / flops
         cache = (f"{2 * count * objective.model.config.grid**2 / 1e9:,.3f} GB per epoch; saves "
                  f"{share:.0%} of the compute from the second run on, or if --cache_epochs is less")
     speed = config.images_per_s or trial / seconds_of(step, batch)

@@ -23,7 +23,8 @@ A target is a class with one line in TOKENIZERS, at the end of the file. It has
     downsample            pixels per side that one target stands for
     num_outputs           how many numbers predict one target: vocab_size logits, or its values
     encode(images)        (B, 3, H, W) in [0, 1] -> int64 (B, H / downsample, W / downsample), or
-                          float (B, H / downsample, W / downsample, num_outputs)
+                          float (B, H / downsample, W / downsample, num_outputs). Autocast is off:
+                          in bfloat16 a tenth of our dVAE's tokens are others
     decode(targets)       optional: the inverse, to images (B, 3, H, W), for pictures
     needs_file            whether a file must follow its name in --tokenizer, as in dvae:FILE
     load(argument, device, patch_size)
@@ -84,6 +85,10 @@ class Target(nn.Module):
     @classmethod
     def untrained(cls, patch_size, **options):
         return cls.load("", torch.device("cpu"), patch_size)
+
+    def encode_at(self, images, positions):
+        """The targets (K,) or (K, num_outputs) at `positions` (K,), numbers among all B * h * w."""
+        return self.encode(images).flatten(0, 2)[positions]
 
 
 class DiscreteTarget(Target):
@@ -170,12 +175,24 @@ class DalleTokenizer(DiscreteTarget):
         return cls(torch.device("cpu"))
 
     @torch.no_grad()
-    def encode(self, images):
+    def encode(self, images, positions=None):
+        """All tokens, or as in encode_at: then the last layer, an eighth of the work and all of it
+        in float32, is left out elsewhere."""
         from dall_e import map_pixels
 
         with torch.autocast(images.device.type, enabled=False):  # it casts its own convolutions
             # 0.8 x + 0.1 and no other normalization: its likelihood needs pixels inside (0, 1)
-            return self.encoder(map_pixels(images.float())).argmax(dim=1)
+            x = map_pixels(images.float())
+            *groups, output = self.encoder.blocks
+            for group in groups:
+                x = group(x)  # (B, 2048, h, w) at last
+            if positions is None:
+                return output(x).argmax(dim=1)
+            x = x.permute(0, 2, 3, 1).flatten(0, 2)[positions]  # (K, 2048)
+            return output(x.T[None, :, :, None]).argmax(dim=1).flatten()  # a 1x1 convolution
+
+    def encode_at(self, images, positions):
+        return self.encode(images, positions)
 
     @torch.no_grad()
     def decode(self, tokens):
@@ -287,7 +304,8 @@ class DVAE(DiscreteTarget):
 
     @torch.no_grad()
     def encode(self, images):
-        return self.logits(images).argmax(dim=1)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.logits(images).argmax(dim=1)
 
     @torch.no_grad()
     def decode(self, tokens):
@@ -480,9 +498,9 @@ class VQGAN(DiscreteTarget):
     @torch.no_grad()
     def encode(self, images):
         check_sides(images, self.downsample)
-        features = self.quant_conv(self.encoder(images * 2 - 1)).float()  # (B, 256, h, w)
         codes = self.quantize["embedding"].weight
-        with torch.autocast(images.device.type, enabled=False):  # half precision has many ties
+        with torch.autocast(images.device.type, enabled=False):
+            features = self.quant_conv(self.encoder(images * 2 - 1))  # (B, 256, h, w)
             # the nearest code: |z - e|^2 without |z|^2, which is the same for all codes
             products = features.permute(0, 2, 3, 1) @ codes.T  # (B, h, w, vocab)
             return (codes.square().sum(dim=1) - 2 * products).argmin(dim=3)
