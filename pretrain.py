@@ -1289,12 +1289,28 @@ def make_objective(config, device, tokenizer=None):
     if spec in PREREQUISITES:
         spec = f"{spec}:{config.out}/tokenizer/checkpoint.pt"  # which main makes first
     if spec and tokenizer is None:
-        tokenizer = local_rank0_first(build_tokenizer, spec, device, config.patch_size)
+        tokenizer = local_rank0_first(find_tokenizer, spec, config, device)
         if config.compile:
             tokenizer.encode = torch.compile(tokenizer.encode)
             tokenizer.loss = torch.compile(tokenizer.loss, dynamic=True)  # masks differ in size
     torch.manual_seed(config.seed)  # the same init in every process
     return objective_class(config, tokenizer).to(device)
+
+
+def find_tokenizer(spec, config, device):
+    """The tokenizer of --tokenizer; one of random weights will do for --bench."""
+    try:
+        return build_tokenizer(spec, device, config.patch_size)
+    except BadInput as error:
+        if not config.bench:
+            raise
+        log(f"{error}\nmeasuring with random weights, which are as fast")
+        return untrained_tokenizer(spec, config, device)
+
+
+def untrained_tokenizer(spec, config, device):
+    tokenizer = TOKENIZERS[spec.partition(":")[0]].untrained(**asdict(config))
+    return tokenizer.to(device).eval().requires_grad_(False)
 
 
 def make_prerequisite(config, target):
@@ -1460,8 +1476,8 @@ def plan(config):
         count = 1_281_167
         source = f"assumed, as in ImageNet-1k: there is no --data={config.data} here"
     steps, steps_per_epoch, warmup = run_length(config, count)
-    kind = (find_objective(config).target(config) or "pixel").partition(":")[0]
-    tokenizer = TOKENIZERS[kind].untrained(**asdict(config)).to(device).requires_grad_(False)
+    spec = find_objective(config).target(config) or "pixel"
+    tokenizer = untrained_tokenizer(spec, config, device)
     objective = make_objective(config, device, tokenizer).eval()  # batch norm of one image fails
     processes = config.processes or world_size()
     local_batch = math.ceil(config.batch_size / processes)

@@ -1960,6 +1960,19 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, capsys, tmp_path):
         assert f"{tmp_path}/file" in text and "TORCH_HOME" in text
 
 
+def test_without_dalles_weights_the_bench_measures_random_ones(monkeypatch, capsys, tmp_path):
+    def refuse(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    words = ["--tokenizer=dalle", "--bench", "--image_size=8", "--batch_size=2", "--min_block=1"]
+    pretrain.main([*TOY, *words])
+    said = capsys.readouterr().out
+    assert "download failed (no route)" in said and "measuring with random weights" in said
+    assert json.loads(said.splitlines()[-1])["tokenizer_images_per_s"] > 0
+
+
 # ---- pretrain: runs ------------------------------------------------------------------------------
 
 

@@ -168,7 +168,7 @@ class DalleTokenizer(DiscreteTarget):
         for module in tokenizer.modules():
             if device.type == "cuda" and getattr(module, "use_float16", False):
                 module.half()  # dall_e.Conv2d would cast its float32 weights at every call
-        return tokenizer.to(memory_format=torch.channels_last)  # 1.2 times as fast
+        return tokenizer
 
     @classmethod
     def untrained(cls, **options):
