@@ -348,12 +348,17 @@ def batches_of_all(count, size, epoch=0):
 def make_loader(dataset, batches, workers, device):
     """A loader of the batches whose keys `batches` lists, in order."""
     pin = device.type == "cuda"
-    workers = min(workers, os.cpu_count() or 1)
+    workers = min(workers, cores())
     # forked loaders share a long list of files and cached tokens, others get a copy each
     forks = workers and sys.platform == "linux" and not get_start_method(allow_none=True)
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
                       multiprocessing_context="fork" if forks else None,
                       persistent_workers=workers > 0, worker_init_fn=ignore_signals)
+
+
+def cores():
+    """The CPU cores that this process may use: Slurm and containers often give it a part."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ignore_signals(worker):

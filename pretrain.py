@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from masking import (
     BICUBIC, DATASETS, MASKS, NORMS, STOP_SIGNALS, BadInput, Views, batch_of_step, batches_of_all,
-    batches_of_steps, denormalize, derive_seed, draw_mask, evenly, fit_size, local_shard,
+    batches_of_steps, cores, denormalize, derive_seed, draw_mask, evenly, fit_size, local_shard,
     log, make_loader, micro_batches, network_inputs, normalize, open_images, open_pictures,
     permutation, rank, ssl_augment, world_size,
 )
@@ -622,7 +622,7 @@ def setup_device(config):
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
     where = torch.cuda.get_device_name(device) if cuda else device
     log(f"commit {(commit or 'unknown').strip()}, torch {torch.__version__}, "
-        f"python {platform.python_version()}, {world_size()} x {where}, {dtype}")
+        f"python {platform.python_version()}, {world_size()} x {where}, {dtype}, {cores()} cores")
     return device, getattr(torch, dtype)
 
 

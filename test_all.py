@@ -682,6 +682,17 @@ def test_crops_are_distributed_as_torchvisions(size):
         assert np.abs(shares[0] - shares[1]).max() < 0.0276
 
 
+def test_no_more_loaders_than_cores_that_may_be_used(capsys):
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(everywhere)})  # as srun does, unless told otherwise
+    try:
+        assert masking.make_loader([0], [[0]], 8, CPU).num_workers == 1
+        pretrain.setup_device(pretrain.Config(device="cpu"))
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    assert capsys.readouterr().out.strip().endswith(" 1 cores")
+
+
 def test_micro_batches_are_even():
     batch = {"images": torch.arange(171), "mask": torch.arange(171) % 2}
     parts = masking.micro_batches(batch, 128)
