@@ -108,7 +108,7 @@ class RunConfig:
     drop_path: float = 0.1  # stochastic depth of the last block; longer runs tolerate more
     seed: Shared[int] = 0  # of init, order, crops, masks, noise; rerun with others for error bars
     num_workers: Free[int] = 8  # processes that load images for a GPU; batches don't depend on it
-    dtype: Shared[Literal["auto", "float32", "float16", "bfloat16"]] = "auto"  # V100: float16
+    dtype: Free[Literal["auto", "float32", "float16", "bfloat16"]] = "auto"  # V100: float16
     compile: Free[bool] = False  # torch.compile: a minute's start, then 1.3 times as fast on a GPU
     checkpointing: Free[bool] = False  # compute activations twice: less memory, a third more time
     device: Free[str] = "auto"  # auto is this process's GPU if there is one; or cpu, cuda, mps
@@ -791,8 +791,9 @@ class Logger:
                                      config.repeats)
                 shown = ", ".join(self.images.name(index) for _, index in keys)
                 raise FloatingPointError(f"the loss of step {step + 1} is {row[0]}; the last "
-                                         "checkpoint is untouched. Lower --lr, or look at the "
-                                         f"images of its batch: {shown}")
+                                         "checkpoint is untouched. With float16 go on with "
+                                         "--dtype=float32, else lower --lr, or look at the images "
+                                         f"of its batch: {shown}")
         self.history.clear()
         self.skipped_steps += int((~np.isfinite(rows[:, -1])).sum())  # by float16's loss scaling
         record = dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)

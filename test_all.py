@@ -2456,12 +2456,24 @@ def test_what_a_machine_lacks_is_one_line_with_its_remedy(error, remedy, capsys)
     assert remedy in failure_of(capsys, failing(error), code=1)
 
 
+def test_a_float16_run_that_overflows_goes_on_in_float32_and_back(tmp_path, dvae):
+    """Where one image's activations overflow, each try in float16 ends at its step."""
+    words = [f"--tokenizer=dvae:{dvae}", "--data=shapes"]
+    toy(tmp_path, *words, "--dtype=float16")
+    (tmp_path / "checkpoint.pt").unlink()  # previous.pt is of step 4
+    lines = toy(tmp_path, *words, "--dtype=float32")
+    assert [line["step"] for line in lines] == list(range(1, 7)) and not saved(tmp_path)["scaler"]
+    (tmp_path / "checkpoint.pt").unlink()
+    assert toy(tmp_path, *words, "--dtype=float16")[-1]["step"] == 6 and saved(tmp_path)["scaler"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, dvae, capsys):
     folder = make_folder(tmp_path / "images", 20)
     words = [*TOY, f"--out={tmp_path}/out", f"--tokenizer=dvae:{dvae}", f"--data={folder}"]
     words += ["--lr=1e30", "--clip_grad=0", "--save_every=1", "--steps=30"]
     text = failure_of(capsys, lambda: pretrain.main(words), code=1)
     step = int(re.search(r"the loss of step (\d+) is (nan|inf)", text)[1])
+    assert "With float16 go on with --dtype=float32" in text
     assert len(set(re.findall(r"deep/\d+\.png", text))) == 8  # the batch's images
     assert saved(tmp_path / "out")["step"] == step - 1
 
