@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 BICUBIC = InterpolationMode.BICUBIC
 Image.MAX_IMAGE_PIXELS = None  # phones take more than Pillow opens by default
+STOP_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))  # a run saves first
 
 
 class BadInput(ValueError):
@@ -284,10 +285,6 @@ def jitter_colors(images, factors):
 
 # ---- batches -------------------------------------------------------------------------------------
 
-# These stop a run, which saves first. After SIGTERM torchrun kills it in 30 seconds.
-STOP_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
-
-
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -367,9 +364,8 @@ def ignore_signals(worker):
 
 
 def micro_batches(batch, size):
-    """Split a batch, a dict of tensors with a row per image, into even parts of at most `size`:
-    --compile makes a graph for each size."""
-    count = math.ceil(len(batch["images"]) / size)
+    """Split a batch, a dict of tensors with a row per image, into parts of at most `size`."""
+    count = math.ceil(len(batch["images"]) / size)  # even ones: --compile has a graph per size
     parts = zip(*(value.tensor_split(count) for value in batch.values()))
     return [dict(zip(batch, part)) for part in parts]
 

@@ -457,7 +457,7 @@ def main(argv=None):
     if config.dry_run:
         return plan(config)
     target = objective_class.target(config)
-    if target in PREREQUISITES and not make_prerequisite(config, target):
+    if target in PREREQUISITES and make_prerequisite(config, target) is False:
         return False  # stopped by a signal
     return train(config)
 
@@ -575,10 +575,8 @@ def agree(where, found):
     if dist.is_initialized():
         dist.all_gather_object(everywhere, found)
     if len(set(everywhere)) > 1:
-        if rank():
-            sys.exit(2)  # the first process says why
         each = [f"{x} in process {everywhere.index(x)}" for x in dict.fromkeys(everywhere)]
-        raise BadInput(f"{where}: {', '.join(each)}; give all processes the same files")
+        sys.exit(2) if rank() else leave(f"error: {where}: {', '.join(each)}; make it the same", 2)
 
 
 def local_rank0_first(make, *arguments):
@@ -758,8 +756,7 @@ class Logger:
         self.sinks = [make(config, start) for make in SINKS.values()] if rank() == 0 else []
 
     def on_signal(self, *_):
-        # `fit`, or that of a following run, ends before its next step; loaders ignore the signal
-        Logger.stop = True
+        Logger.stop = True  # `fit`, maybe of a run that follows, ends before its next step
 
     def add(self, metrics, batch):
         """Note this process's shares of a step's loss, metrics and gradient norm, without waiting
@@ -791,9 +788,8 @@ class Logger:
                                      config.repeats)
                 shown = ", ".join(self.images.name(index) for _, index in keys)
                 raise FloatingPointError(f"the loss of step {step + 1} is {row[0]}; the last "
-                                         "checkpoint is untouched. With float16 go on with "
-                                         "--dtype=float32, else lower --lr, or look at the images "
-                                         f"of its batch: {shown}")
+                                         "checkpoint is untouched. Lower --lr, with float16 try "
+                                         f"--dtype=float32, or look at its batch's images: {shown}")
         self.history.clear()
         self.skipped_steps += int((~np.isfinite(rows[:, -1])).sum())  # by float16's loss scaling
         record = dict(zip(names, rows[-1].tolist(), strict=True), lr=lr)
@@ -808,9 +804,8 @@ class Logger:
     def lost_evaluation(self):
         """Whether a kill cut off the evaluation after the step that the run goes on from."""
         lines = read_metrics(os.path.join(self.config.out, "metrics.jsonl"))
-        known = [line for line in lines if line["step"] == self.done and "val_" in str(line)]
-        lost = self.done and "evaluation" in self.due()
-        return lost and not all_reduce_sum(len(known))[0]
+        known = any(line["step"] == self.done and "val_" in str(line) for line in lines)
+        return self.done and "evaluation" in self.due() and not all_reduce_sum(known)[0]
 
     def write(self, metrics):
         record = {"step": self.done, "epoch": round(self.done / self.steps_per_epoch, 4), **metrics}
@@ -825,8 +820,7 @@ class Logger:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         if self.done < self.steps:
-            log(f"stopped by a signal after step {self.done}; with --resume=auto the same command "
-                "goes on there")
+            log(f"stopped by a signal after step {self.done}; the same command goes on there")
 
 
 def metrics_file(config, start):
@@ -1030,8 +1024,7 @@ REMEDIES = {
 
 def run(main):
     """Call main(). Bad input becomes one line and exit code 2, an error of the machine one line
-    with its remedy and code 1; any other error keeps its traceback. The code of a run that a signal
-    stopped is 143, so that a shell's && does not go on."""
+    with its remedy and code 1; any other error keeps its traceback."""
     try:
         done = main()
     except Exception as error:
@@ -1046,7 +1039,7 @@ def run(main):
     if dist.is_initialized():
         dist.destroy_process_group()
     if done is False:
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + signal.SIGTERM)  # a signal stopped it: a shell's && does not go on
 
 
 def leave(text, code):
@@ -1291,7 +1284,7 @@ def make_objective(config, device, tokenizer=None):
         spec = f"{spec}:{config.out}/tokenizer/checkpoint.pt"  # which main makes first
     if spec and tokenizer is None:
         tokenizer = local_rank0_first(find_tokenizer, spec, config, device)
-        if config.compile:
+        if config.compile and not config.dry_run:
             tokenizer.encode = torch.compile(tokenizer.encode)
             tokenizer.loss = torch.compile(tokenizer.loss, dynamic=True)  # masks differ in size
     torch.manual_seed(config.seed)  # the same init in every process
@@ -1299,23 +1292,20 @@ def make_objective(config, device, tokenizer=None):
 
 
 def find_tokenizer(spec, config, device):
-    """The tokenizer of --tokenizer; one of random weights will do for --bench."""
+    """The tokenizer of --tokenizer; random weights will do for --dry_run, and if need be --bench"""
     try:
-        return build_tokenizer(spec, device, config.patch_size)
+        if not config.dry_run:
+            return build_tokenizer(spec, device, config.patch_size)
     except BadInput as error:
         if not config.bench:
             raise
         log(f"{error}\nmeasuring with random weights, which are as fast")
-        return untrained_tokenizer(spec, config, device)
-
-
-def untrained_tokenizer(spec, config, device):
     tokenizer = TOKENIZERS[spec.partition(":")[0]].untrained(**asdict(config))
     return tokenizer.to(device).eval().requires_grad_(False)
 
 
 def make_prerequisite(config, target):
-    """Train a tokenizer into OUT/tokenizer. Returns whether it is done."""
+    """Train a tokenizer into OUT/tokenizer. Returns False if a signal stopped it."""
     task, make = PREREQUISITES[target]
     names = marked(Config, "free") | marked(Config, "shared")
     options = {name: getattr(config, name) for name in names}
@@ -1328,7 +1318,7 @@ def make_prerequisite(config, target):
 
 def fit_pca(config):
     """Find the principal components of the patches of (at most 5,000) training images, as they
-    are seen in training. Returns True: it takes only minutes and cannot be interrupted."""
+    are seen in training. It takes only minutes and cannot be interrupted."""
     device, _ = setup_device(config)
     images, val_images = local_rank0_first(open_images, config.data, config.image_size,
                                            config.val_images, config.out)
@@ -1338,7 +1328,7 @@ def fit_pca(config):
     claim_folder(config, images)
     if config.resume == "auto" and load_checkpoint(config.out):
         log(f"pca into {config.out}: done already")
-        return True
+        return
     dataset = Views(images, config, config.image_size, train=True)
     order = permutation(len(images), config.seed, 0)
     keys = local_shard([(0, index, 0.0) for index in order[:5_000]])
@@ -1359,7 +1349,6 @@ def fit_pca(config):
         columns[f"{n} components"] = pca.decode(pca.encode(images)[..., :n])
     if rank() == 0:
         save_columns(f"{config.out}/reconstruction.png", columns)
-    return True
 
 
 def reconstruct(config):
@@ -1477,9 +1466,7 @@ def plan(config):
         count = 1_281_167
         source = f"assumed, as in ImageNet-1k: there is no --data={config.data} here"
     steps, steps_per_epoch, warmup = run_length(config, count)
-    spec = find_objective(config).target(config) or "pixel"
-    tokenizer = untrained_tokenizer(spec, config, device)
-    objective = make_objective(config, device, tokenizer).eval()  # batch norm of one image fails
+    objective = make_objective(config, device).eval()  # batch norm of one image fails
     processes = config.processes or world_size()
     local_batch = math.ceil(config.batch_size / processes)
     micro_batch = min(local_batch, config.micro_batch)
@@ -1507,10 +1494,9 @@ def plan(config):
     activations = (step(batch) - step(few)) / (trial - half or 1)  # the rest is weights
     flops = flops_of(step, few) / half
     cache = "none: its targets are no tokens"
-    if hasattr(tokenizer, "vocab_size"):
-        inputs = objective.inputs(few, device)
-        encode = flops_of(tokenizer.encode_at, inputs["token_images"], inputs["positions"])
-        share = encode / half / flops
+    if hasattr(tokenizer := objective.tokenizer, "vocab_size"):
+        net = objective.inputs(few, device)
+        share = flops_of(tokenizer.encode_at, net["token_images"], net["positions"]) / half / flops
         cache = (f"{2 * count * objective.model.config.grid**2 / 1e9:,.3f} GB per epoch; saves "
                  f"{share:.0%} of the compute from the second run on, or if --cache_epochs is less")
     speed = config.images_per_s or trial / seconds_of(step, batch)

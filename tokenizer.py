@@ -23,8 +23,7 @@ A target is a class with one line in TOKENIZERS, at the end of the file. It has
     downsample            pixels per side that one target stands for
     num_outputs           how many numbers predict one target: vocab_size logits, or its values
     encode(images)        (B, 3, H, W) in [0, 1] -> int64 (B, H / downsample, W / downsample), or
-                          float (B, H / downsample, W / downsample, num_outputs). Autocast is off:
-                          in bfloat16 a tenth of our dVAE's tokens are others
+                          float (B, H / downsample, W / downsample, num_outputs); autocast is off
     decode(targets)       optional: the inverse, to images (B, 3, H, W), for pictures
     needs_file            whether a file must follow its name in --tokenizer, as in dvae:FILE
     load(argument, device, patch_size)
@@ -177,8 +176,7 @@ class DalleTokenizer(DiscreteTarget):
 
     @torch.no_grad()
     def encode(self, images, positions=None):
-        """All tokens, or as in encode_at: then the last layer, an eighth of the work and all of it
-        in float32, is left out elsewhere."""
+        """All tokens, or as in encode_at: the last layer, an eighth of the work, only there."""
         from dall_e import map_pixels
 
         with torch.autocast(images.device.type, enabled=False):  # it casts its own convolutions
