@@ -350,10 +350,10 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
             columns = objective.pictures(val_dataset, device, dtype)
             save_columns(f"{config.out}/{objective.picture_file}", columns)
         objective.train()
-        logger.write(metrics)
+        return metrics
 
     if logger.lost_evaluation():
-        evaluation()
+        logger.write(evaluation())
     for step, batch in enumerate(loader, start):
         # between the CPUs of all processes: what to divide sums by, and whether one got a signal
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
@@ -392,11 +392,12 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
         metrics["grad_norm"] = grad_norm / world_size()  # the logger adds up the processes' shares
         due = logger.add(metrics, batch)  # until something is due, the CPU does not wait for a GPU
         if due:
-            logger.write(logger.read(lr))
-        if "checkpoint" in due:
-            save_run(config, objective, optimizer, scaler, logger.done)
-        if "evaluation" in due:  # after the save: a kill may cut it off
-            evaluation()
+            record = logger.read(lr)
+            if "checkpoint" in due:
+                save_run(config, objective, optimizer, scaler, logger.done)
+            if "evaluation" in due:  # after the save: a kill may cut it off
+                record |= evaluation()
+            logger.write(record)
     if logger.history:  # a signal came
         logger.read(0.0)  # raises if a loss is not finite, before anything is saved
     if "checkpoint" not in logger.due():
@@ -804,7 +805,7 @@ class Logger:
     def lost_evaluation(self):
         """Whether a kill cut off the evaluation after the step that the run goes on from."""
         lines = read_metrics(os.path.join(self.config.out, "metrics.jsonl"))
-        known = any(line["step"] == self.done and "val_" in str(line) for line in lines)
+        known = any(line.get("step") == self.done and "val_" in str(line) for line in lines)
         return self.done and "evaluation" in self.due() and not all_reduce_sum(known)[0]
 
     def write(self, metrics):
