@@ -3773,7 +3773,7 @@ def readme_commands():
     text = open(os.path.join(HERE, "README.md")).read()
     assert text.count("```") % 2 == 0
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    programs = ("python", "python3", "pip", "torchrun", "srun", "scontrol", "head", ".")
+    programs = ("python", "python3", "pip", "torchrun", "srun", "scontrol", "head", "grep", ".")
     shell = "".join(name + "() { printf '%s\\t' \"$@\"; echo; }\n" for name in programs)
     run = subprocess.run(["bash", "-c", "PATH=\n" + shell + "".join(blocks)],
                          capture_output=True, text=True)
