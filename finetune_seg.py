@@ -322,10 +322,9 @@ def open_folder(data, part, colors, without=()):
     label_maps = {path: by_stem.get(stem) for path, stem in zip(images.keys, images.stems())}
     for path, label_map in label_maps.items():
         if label_map is None:
-            name = os.path.splitext(os.path.basename(path))[0]
-            same = [other for other in [*images.keys, *maps.keys] if f"{os.sep}{name}." in other]
-            raise BadInput(f"{path}: has no label map of its name in {maps_folder} for itself; of "
-                           f"this name there are {', '.join(same)}")
+            name = f"{os.sep}{os.path.splitext(os.path.basename(path))[0]}."
+            same = ", ".join(other for other in [*images.keys, *maps.keys] if name in other)
+            raise BadInput(f"{path}: has no label map of its name for itself; there are {same}")
     return replace(images, read_label_map=functools.partial(read_label_map, label_maps, colors))
 
 

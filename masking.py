@@ -465,7 +465,9 @@ def open_parts(data, without=(), needs_training=True):
     if not known or (known.keys().isdisjoint(VAL) and known.keys() - TRAIN):
         return [archive if tars else folder_images(data, without)]
     if tars:
-        return [tar_part(archive, train), tar_part(archive, val)]
+        ends = [(f"{part}/", f"{part}0") for part in (train, val)]  # "0" follows "/"
+        return [replace(archive, keys=archive.keys[slice(*np.searchsorted(archive.keys, pair))],
+                        source=pair[0][:-1]) for pair in ends]
     held_out = folder_images(val, without)
     return [folder_images(train, [*held_out.keys, *without]) if needs_training else None, held_out]
 
@@ -597,12 +599,6 @@ def list_tar(file, left_out):
             yield name, member.offset_data, member.size
         else:
             left_out[ending.lower() or "without ending"] += 1
-
-
-def tar_part(images, folder):
-    """Those of a tar's images that lie below a folder in it."""
-    first, end = np.searchsorted(images.keys, [f"{folder}/", f"{folder}0"])  # "0" follows "/"
-    return replace(images, keys=images.keys[first:end], source=folder)
 
 
 def read_member(tars, paths, places, path):
