@@ -1912,8 +1912,7 @@ def test_of_several_processes_the_one_with_the_error_speaks(tmp_path):
     bad = make_folder(tmp_path / "bad", 20)
     (bad / "class0" / "deep" / "0.png").write_bytes(b"no image")
     common = [*TOY, "--tokenizer=pixel", f"--data={here}", f"--out={tmp_path}/out"]
-    pretrain.main([*common, "--steps=4"])
-    pretrain.LOCKS.pop(f"{tmp_path}/out").close()
+    python("pretrain.py", *common, "--steps=4")
     common += ["--steps=4", "--num_workers=1"]
     cases = [f"--data={here}/class0", f"--out={tmp_path}/a_disk_of_its_own",
              f"--data={bad} --out={tmp_path}/bad_run"]
