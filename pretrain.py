@@ -14,7 +14,6 @@ Data flow: masking.py (views, mask) -> tokenizer.py (targets) -> model.py (logit
 """
 
 import argparse
-import contextlib
 import copy
 import difflib
 import glob
@@ -58,17 +57,10 @@ from masking import (
     permutation, rank, ssl_augment, world_size,
 )
 from model import (
-    CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights,
-    optional, param_groups, read_checkpoint, read_json, read_network, short_message,
-    write_atomically,
+    CONTRASTIVE_LOSSES, VARIANTS, VIT_SIZES, BEiT, Block, ViT, ViTConfig, load_weights, optional,
+    param_groups, read_checkpoint, read_json, read_network, short_message, write_atomically,
 )
 from tokenizer import TOKENIZERS, build_tokenizer
-
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows has neither
-    fcntl = resource = None
 
 # ---- options -------------------------------------------------------------------------------------
 # The comment after a field is its text in --help: why this value, or what goes wrong with another.
@@ -120,7 +112,6 @@ class RunConfig:
     skip_bad_images: Free[bool] = False  # count and skip unreadable images; false stops at one
     tensorboard: Free[bool] = False  # also log for TensorBoard, which must be installed
     bench: Free[bool] = False  # measure the speed of loading, tokenizer, model, all; and stop
-
     given = ()  # no option, but the names of those on the command line or in its preset
 
 
@@ -343,17 +334,9 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
     loader = make_loader(dataset, batches, config.num_workers, device)
     logger = Logger(config, dataset.images, start, steps, steps_per_epoch)
 
-    @torch.compiler.set_stance("force_eager")  # for a few batches compiling takes longer
-    def evaluation():
-        metrics = evaluate(objective, val_dataset, config, device, dtype, logger.done / steps)
-        if rank() == 0:
-            columns = objective.pictures(val_dataset, device, dtype)
-            save_columns(f"{config.out}/{objective.picture_file}", columns)
-        objective.train()
-        return metrics
-
     if logger.lost_evaluation():
-        logger.write(evaluation())
+        done = start / steps
+        logger.write(evaluate_and_draw(objective, val_dataset, config, device, dtype, done))
     for step, batch in enumerate(loader, start):
         # between the CPUs of all processes: what to divide sums by, and whether one got a signal
         *denominators, stop = all_reduce_sum(*objective.denominators(batch), logger.stop)
@@ -396,7 +379,8 @@ def fit(objective, dataset, val_dataset, config, device, dtype):
             if "checkpoint" in due:
                 save_run(config, objective, optimizer, scaler, logger.done)
             if "evaluation" in due:  # after the save: a kill may cut it off
-                record |= evaluation()
+                record |= evaluate_and_draw(objective, val_dataset, config, device, dtype,
+                                            logger.done / steps)
             logger.write(record)
     if logger.history:  # a signal came
         logger.read(0.0)  # raises if a loss is not finite, before anything is saved
@@ -668,11 +652,12 @@ def lock_folder(out):
     os.makedirs(out, exist_ok=True)
     file = os.open(f"{out}/.lock", os.O_CREAT | os.O_RDWR)  # open as long as this process
     try:
+        import fcntl
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise BadInput(f"--out={out}: another run is in it; give another --out, or stop that run. "
                        "Over NFS a host that is gone is believed for 90 seconds") from None
-    except (AttributeError, OSError):  # Windows, or a file system without locks
+    except (ImportError, OSError):  # Windows, or a file system without locks
         log(f"{out}: cannot be locked, so a second run in it would go unnoticed")
 
 
@@ -842,8 +827,10 @@ def read_metrics(path):
     """The lines of a metrics.jsonl as dicts, without those that a kill or a crash left torn."""
     records = []
     for line in open(path, errors="replace") if os.path.exists(path) else ():
-        with contextlib.suppress(ValueError, TypeError):
+        try:
             records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            pass
     return records
 
 
@@ -868,6 +855,17 @@ SINKS = {"metrics.jsonl": metrics_file, "tensorboard": tensorboard}
 
 def no_progress_bar():
     return rank() > 0 or not sys.stderr.isatty()
+
+
+@torch.compiler.set_stance("force_eager")  # for a few batches compiling takes longer
+def evaluate_and_draw(objective, dataset, config, device, dtype, progress):
+    """The metrics of an evaluation within a run, whose pictures go into OUT."""
+    metrics = evaluate(objective, dataset, config, device, dtype, progress)
+    if rank() == 0:
+        columns = objective.pictures(dataset, device, dtype)
+        save_columns(f"{config.out}/{objective.picture_file}", columns)
+    objective.train()
+    return metrics
 
 
 def sample_batch(dataset, count):
@@ -1561,8 +1559,12 @@ def bench(objective, parallel, optimizer, dataset, config, device, dtype):
         "model_images_per_s": size / learning,
         "step_images_per_s": size / seconds_of(step),
     }
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else math.nan
+    try:
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # Windows
+        peak = math.nan
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     side = 8192 if device.type == "cuda" else 2048
