@@ -614,6 +614,7 @@ def read_image(path):
 
 
 def decode(file):
+    """The bytes of a picture's file, as a uint8 array -> what read_image gives."""
     channels = 0
     head = file.tobytes().partition(b"\xff\xdb")[0]  # what stands before a JPEG's tables
     # as Pillow's pixels, sooner; but it turns by EXIF in the first segment, not by others or XMP
@@ -636,7 +637,6 @@ def decode(file):
     if max(height, width) > 100 * min(height, width):  # resizing its short side needs gigabytes
         raise ValueError(f"{width}x{height} pixels, a side over 100 times the other")
     return image.expand(3, -1, -1)
-
 
 
 def to_8_bits(values):
