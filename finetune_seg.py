@@ -328,7 +328,6 @@ def open_folder(data, part, colors, without=()):
     return replace(images, read_label_map=functools.partial(read_label_map, label_maps, colors))
 
 
-
 def read_label_map(label_maps, colors, path):
     """The label map of the image at a path, seen upright. It is turned like the image if it has the
     size of the image's stored pixels, before EXIF's quarter turn. `colors`: see read_labels."""

@@ -6,7 +6,6 @@ history: so a batch is the same for any number of workers and processes, and aft
 """
 
 import functools
-import glob
 import hashlib
 import io
 import math
@@ -527,11 +526,20 @@ def log_found(source, paths, left_out):
 # ---- tar files, read in place: an image's path is the tar's, and below it that in the tar --------
 
 def find_tars(data):
-    """The tar files that --data means: itself, or those in a folder or in its train/ and val/."""
-    if os.path.isfile(data) and re.search(r"\.(tar|tgz)", data):
-        return [data]
-    folders = ["", *(f"{name}/" for name in TRAIN + VAL)]
-    return sorted(tar for name in folders for tar in glob.glob(f"{glob.escape(data)}/{name}*.tar"))
+    """The tar files that --data means: itself, or those in a folder, or in its train/ and val/, if
+    these hold neither images nor other folders: a tar beside images is left out."""
+    if os.path.isfile(data):
+        return [data] if re.search(r"\.(tar(\.\w+)?|tgz)$", data) else []
+    folders = [data, *(os.path.join(data, name) for name in TRAIN + VAL)]
+    tars = []
+    for folder in filter(os.path.isdir, folders):
+        for entry in os.scandir(folder):
+            name = entry.name.lower()
+            is_other = entry.path not in folders and entry.is_dir() or name.endswith(ENDINGS)
+            if is_other and not HIDDEN.match(name):
+                return []
+            tars += [entry.path] if name.endswith(".tar") else []
+    return sorted(tars)
 
 
 def tar_images(data, tars):
@@ -551,11 +559,11 @@ def tar_images(data, tars):
             if not named and any("/" in name for name in inside):
                 folder = os.path.dirname(folder)  # else its own name is that of a part or class
             found |= {os.path.join(data, folder, name): inside[name] for name in inside}
-        log_found(data, sorted(found), left_out)
-        rows = sorted(found), [found[path] for path in sorted(found)]
+        paths = sorted(found)
+        log_found(data, paths, left_out)
         try:
             os.makedirs(os.path.dirname(index[0]), exist_ok=True)
-            for path, array in zip(index, rows):
+            for path, array in zip(index, (paths, [found[path] for path in paths])):
                 np.save(f"{path}.{os.getpid()}.npy", array)
                 os.replace(f"{path}.{os.getpid()}.npy", path)
         except OSError as error:
@@ -602,6 +610,7 @@ def list_tar(file, left_out):
 
 
 def read_member(tars, paths, places, path):
+    """The picture at a path in a tar; `paths` and `places` are tar_images' arrays."""
     number, offset, length = places[np.searchsorted(paths, path)].tolist()
     return decode(np.fromfile(tars[number], np.uint8, length, offset=offset))
 

@@ -10,7 +10,7 @@ its speed, `--help` lists every option. A killed run resumes when its command is
 
 Read from the top: options, the objective, the loop (`fit`, also of finetune_cls.py and
 finetune_seg.py), evaluation, main. Helpers of the loop follow, then other objectives, then tools.
-Data flow: masking.py (views, mask) -> tokenizer.py (targets) -> model.py (logits) -> the loss here.
+Data flow: masking.py (views, mask) -> tokenizer.py (targets) -> model.py (logits) -> the step here.
 """
 
 import argparse
@@ -812,7 +812,7 @@ class Logger:
 def metrics_file(config, start):
     """OUT/metrics.jsonl, a JSON object per line. A resumed run keeps the lines up to `start`."""
     path = os.path.join(config.out, "metrics.jsonl")
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= start]
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line.get("step", 0) <= start]
     with write_atomically(path) as file:
         file.write("".join(kept).encode())
 
@@ -1291,7 +1291,8 @@ def make_objective(config, device, tokenizer=None):
 
 
 def find_tokenizer(spec, config, device):
-    """The tokenizer of --tokenizer; random weights will do for --dry_run, and if need be --bench"""
+    """The frozen tokenizer of --tokenizer. Random weights will do for a plan, and if need be for
+    --bench: speed does not depend on them."""
     try:
         if not config.dry_run:
             return build_tokenizer(spec, device, config.patch_size)

@@ -563,6 +563,11 @@ def test_tars_hold_what_the_folder_holds(tars, labelled, tmp_path, monkeypatch):
     shards = [make_tar(tmp_path / "shards" / f"{n}.tar", labelled / "train" / n) for n in "abc"]
     images = masking.folder_images(str(tmp_path / "shards"))
     assert images.stems() == expected[0].stems()  # a flat tar is a class
+    both = make_folder(tmp_path / "download.target", 3)  # a tar beside images is no source
+    make_tar(both / "left.tar", labelled)
+    assert len(masking.folder_images(str(both))) == 3
+    photograph = f"{both}/class0/deep/0.png"
+    assert [*masking.open_pictures(photograph, 32).keys] == [photograph]
     os.utime(shards[0], (1, 1))  # another one now
     monkeypatch.setattr(masking, "list_tar", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
