@@ -2007,7 +2007,7 @@ def test_scripts_start_where_nothing_is_forked(script, labelled, mapped, tmp_pat
 
 
 def test_one_run_per_folder_and_a_killed_one_leaves_no_lock(tmp_path, dvae, capsys):
-    words = [*TOY, f"--out={tmp_path}", f"--tokenizer=dvae:{dvae}", "--steps=100000"]
+    words = [*TOY, f"--out={tmp_path}", f"--tokenizer=dvae:{dvae}", "--steps=3000"]
     first = subprocess.Popen([sys.executable, "pretrain.py", *words, "--num_workers=2"], cwd=HERE,
                              stdout=subprocess.PIPE, text=True)
     while not first.stdout.readline().startswith("step 3"):
