@@ -7,7 +7,7 @@ tenth is held out.
     torchrun --nproc_per_node=8 finetune_cls.py --data=/path/to/imagenet --out=out/imagenet
     python finetune_cls.py --preset=shapes  # minutes, after `pretrain.py --preset=shapes`
     python finetune_cls.py --task=predict --weights=out/imagenet/checkpoint.pt --data=photos
-README has the other tasks: eval, probe (appendix D), knn, attention (section 3.4) and curves.
+README has the other tasks: eval, probe (appendix D), knn, attention (section 3.4), curves, lengths.
 `--help` lists every option. A killed run resumes when its command is run again.
 
 Read from the top: options, the objective, evaluation, main; that is all of fine-tuning. Images, and
@@ -38,7 +38,8 @@ from masking import (
     world_size,
 )
 from model import (
-    Classifier, LinearProbes, ViT, load_weights, optional, read_network, write_atomically,
+    Classifier, LinearProbes, ViT, load_weights, optional, read_json, read_network,
+    write_atomically,
 )
 from pretrain import (
     NETWORK, RUN_CHOICES, Free, Objective, RunConfig, all_reduce_sum, as_trained, autocast,
@@ -75,7 +76,7 @@ class Config(RunConfig):
     probe_layer: int = 0  # layer that --task=probe and knn look at, from 1; 0: each of them
     neighbours: int = 20  # of --task=knn; more of them smooth over rare classes
     query: Free[str] = ""  # row,column of the patch that attention looks from; empty: the middle
-    runs: Free[tuple] = ()  # the folders that --task=curves draws
+    runs: Free[tuple] = ()  # the folders that --task=curves or lengths draws
 
 
 # What differs from the recipe
@@ -100,8 +101,8 @@ CIFAR10 = PLAIN | dict(
 )
 SHAPES = CIFAR10 | dict(
     data="shapes", weights="out/shapes/checkpoint.pt", out="out/shapes_cls",
-    image_size=64, patch_size=8, crop_min=0.5, labels_per_class=100,
-    epochs=25, warmup_epochs=5, eval_every=100,
+    image_size=48, patch_size=8, crop_min=0.6, labels_per_class=100, drop_path=0.0,
+    epochs=48, warmup_epochs=4, batch_size=32, layer_decay=1.0, log_every=100, eval_every=300,
 )
 TINY_PROBE = PROBE | dict(epochs=10, batch_size=256)
 PRESETS = {
@@ -560,29 +561,34 @@ def contact_sheet(read, shown):
 
 def curves(config):
     """OUT/curves.png: a line per run of held-out accuracy against the epoch, or of probes against
-    the layer. A pattern such as 'out/a*' gives one line, in a band of one standard deviation."""
+    the layer; --task=lengths: of what fine-tuning reached against the steps of the pre-training
+    before it. A pattern such as 'out/a*' gives one line, in a band of one standard deviation."""
     if not config.runs:
-        raise BadInput("--task=curves: name the folders of the runs behind it")
-    figure = optional("matplotlib.figure", "--task=curves").Figure((6, 4), layout="constrained")
+        raise BadInput(f"--task={config.task}: name the folders of the runs behind it")
+    figure = optional("matplotlib.figure", f"--task={config.task}").Figure((6, 4), layout="tight")
     axes = figure.subplots()
+    read = read_length if config.task == "lengths" else read_curve
     labels = set()
     for pattern in config.runs:
         folders = sorted(glob.glob(pattern)) or [pattern]
-        found, runs = zip(*map(read_curve, folders), strict=True)
+        found, runs = zip(*map(read, folders), strict=True)
         labels.update(found)
-        shared = sorted(set.intersection(*map(set, runs)))
+        shared = set.intersection(*map(set, runs)) if read is read_curve else set().union(*runs)
         if not shared or len(labels) > 1:
             raise BadInput(f"{pattern}: these runs were evaluated at no common epoch or layer")
-        values = np.array([[run[place] for place in shared] for run in runs])
-        mean = values.mean(axis=0)
-        axes.plot(shared, mean, marker=".", label=pattern)
-        if len(runs) > 1:
-            spread = values.std(axis=0, ddof=1)
-            axes.fill_between(shared, mean - spread, mean + spread, alpha=0.2)
-    axes.set(xlabel=labels.pop(), ylabel="top-1 accuracy, %")
+        places = sorted(shared)
+        values = [[run[place] for run in runs if place in run] for place in places]
+        mean = np.array([np.mean(group) for group in values])
+        axes.plot(places, mean, marker=".", label=pattern)
+        if min(map(len, values)) > 1:
+            spread = np.array([np.std(group, ddof=1) for group in values])
+            axes.fill_between(places, mean - spread, mean + spread, alpha=0.2)
+    if read is read_length:
+        axes.set_xscale("symlog", linthresh=100)  # 0 is from scratch
+    axes.set(xlabel=labels.pop(), ylabel="top-1 or mIoU, %")
     axes.grid(alpha=0.3)
     axes.legend()
-    path = os.path.join(config.out, "curves.png")
+    path = os.path.join(config.out, f"{config.task}.png")
     with write_atomically(path) as file:
         figure.savefig(file, format="png", dpi=150)
     log("wrote", path)
@@ -597,6 +603,18 @@ def read_curve(folder):
     if not curve:
         raise BadInput(f"{folder}: no metrics.jsonl with val_top1 in it; give a run's --out")
     return "epoch", curve
+
+
+def read_length(folder):
+    """("pre-training steps", {steps: accuracy or mIoU in percent}) of a fine-tuned run."""
+    records = read_metrics(os.path.join(folder, "metrics.jsonl"))
+    reached = [line[name] for line in records for name in ("val_top1", "val_miou") if name in line]
+    if not reached:
+        raise BadInput(f"{folder}: no metrics.jsonl with val_top1 or val_miou in it")
+    weights = read_json(os.path.join(folder, "config.json"))["weights"]
+    before = {"steps": 0} if weights == "none" else read_json(
+        os.path.join(os.path.dirname(weights), "config.json"))
+    return "pre-training steps", {before["steps"]: 100 * reached[-1]}
 
 
 @torch.no_grad()
@@ -639,7 +657,7 @@ def attention(config):
 OBJECTIVES = {"train": Classification, "probe": LinearProbing}
 # tasks that need no loop
 OTHER_TASKS = {"eval": evaluate_weights, "predict": predict, "knn": knn, "curves": curves,
-               "attention": attention}
+               "lengths": curves, "attention": attention}
 
 if __name__ == "__main__":
     run(main)

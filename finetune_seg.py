@@ -87,9 +87,9 @@ CAMVID = dict(
     log_every=25, eval_every=300, save_every=200,
 )
 SHAPES = CAMVID | dict(
-    data="shapes", out="out/shapes_seg", weights="out/shapes/checkpoint.pt",
-    num_classes=9, ignore_zero=False, val_images=200, image_size=64, stride=43,
-    warmup_steps=120, batch_size=32, lr=3e-3, layer_decay=0.9, clip_grad=1.0,
+    data="shapes:100", out="out/shapes_seg", weights="out/shapes/checkpoint.pt",
+    num_classes=9, ignore_zero=False, val_images=200, image_size=48, stride=32,
+    steps=300, batch_size=16, lr=6e-3, layer_decay=0.9, clip_grad=1.0,
     most_of_crop=1.0, scale_min=0.75, scale_max=1.33,
 )
 PRESETS = {"ade20k": dict(), "camvid": CAMVID, "shapes": SHAPES}

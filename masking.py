@@ -8,6 +8,7 @@ history: so a batch is the same for any number of workers and processes, and aft
 import functools
 import hashlib
 import io
+import itertools
 import math
 import os
 import re
@@ -411,7 +412,7 @@ class Images:
     def load(self, index, skip_bad=False):
         """(image, its index): the image at `index` as uint8 (3, height, width). With `skip_bad` the
         first readable one after it takes the place of an unreadable one."""
-        for found in (*range(index, len(self)), *range(index)):
+        for found in itertools.chain(range(index, len(self)), range(index)):
             try:
                 return TF.to_image(self.read(self.keys[found])).as_subclass(torch.Tensor), found
             except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and others
@@ -714,11 +715,14 @@ def cifar(dataset, train, *_):
 
 
 def shapes(train, image_size, argument):
-    """20,000 training images or 2,000 held-out ones, drawn when they are asked for. The class is
-    the kind of the large shape; in the label map 0 is the ground and kind + 1 a shape."""
+    """20,000 training images, or N if --data=shapes:N, or 2,000 held-out ones, drawn when they are
+    asked for. The class is the kind of the large shape; in the label map 0 is the ground and
+    kind + 1 a shape."""
+    if not (argument or "1").isdecimal():
+        raise BadInput(f"--data=shapes:{argument}: give a number of training images")
     read, read_label, read_label_map = [functools.partial(part, image_size, int(train))
                                         for part in (shapes_image, shapes_label, shapes_label_map)]
-    keys = range(20_000 if train else 2_000)
+    keys = range(int(argument or 20_000) if train else 2_000)
     return Images(keys, read, "shapes", read_label, list(OUTLINES), read_label_map)
 
 
@@ -756,78 +760,61 @@ def plus(angle, arm=0.33):
     return np.where(np.tan(folded) <= arm, 1 / np.cos(folded), arm / np.sin(folded.clip(1e-9)))
 
 
-# kind of shape -> its outline: the radius at 1,024 angles
+def heart(angle):
+    """The outline of a heart that stands on its tip."""
+    x = 16 * np.sin(angle)**3
+    y = 5 * np.cos(2 * angle) + 2 * np.cos(3 * angle) + np.cos(4 * angle) - 13 * np.cos(angle)
+    return np.interp(angle, np.arctan2(y, x), np.hypot(x, y), period=2 * np.pi)
+
+
+# kind of shape -> its outline: the radius at 1,024 angles, clockwise from the right
 ANGLES = np.arange(1024) * (2 * np.pi / 1024)
 OUTLINES = {
     "disc": np.ones(1024),
-    "oval": 1 / np.hypot(np.cos(ANGLES), 2 * np.sin(ANGLES)),
-    "triangle": polygon(ANGLES, 3),
-    "square": polygon(ANGLES, 4),
-    "star": 0.4 + 0.6 * np.abs(ANGLES * 5 / np.pi % 2 - 1),
+    "oval": 1 / np.hypot(np.cos(ANGLES), 1.8 * np.sin(ANGLES)),
+    "triangle": polygon(ANGLES + np.pi / 2, 3),
+    "square": polygon(ANGLES + np.pi / 4, 4),
+    "star": 0.4 + 0.6 * np.abs((ANGLES + np.pi / 2) * 5 / np.pi % 2 - 1),
     "plus": plus(ANGLES),
-    "flower": 1 + 0.35 * np.cos(5 * ANGLES),
-    "gear": 1 + 0.2 * np.sign(np.cos(8 * ANGLES)),
+    "heart": heart(ANGLES),
+    "flower": 1 + 0.35 * np.cos(6 * ANGLES),
 }
 # all of the same area, so that size does not give the class away
 RADII = [(r / np.sqrt((r**2).mean())).astype(np.float32) for r in OUTLINES.values()]
+GROUNDS = np.float32([[35, 40, 80], [80, 45, 30], [25, 70, 50], [75, 30, 80]])  # dark, RGB
+PAINTS = np.float32([[255, 90, 80], [255, 165, 50], [255, 230, 80], [110, 220, 100],
+                     [90, 190, 255], [255, 150, 205], [250, 250, 250]])  # bright
 
 
 def draw_shapes(size, seed, index):
-    """A large shape over a few small ones of any kind, on a textured ground: (image (size, size, 3)
-    uint8; its class, the kind of the large shape; its label map (size, size) uint8, 0 the ground,
-    kind + 1 a shape). Colors, textures, places and sizes do not tell the kinds apart."""
+    """A large bright shape over one or two small ones of any kind, on a dark ground: (image (size,
+    size, 3) uint8; its class, the kind of the large shape; its label map (size, size) uint8, 0 the
+    ground, kind + 1 a shape). Colors, places and sizes do not tell the kinds apart."""
     rng = np.random.default_rng([seed, index])
     kinds = draw_kinds(rng)
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    ground = tint(rng.random(), rng)
-    image = texture(x / size, y / size, ground, rng)
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = rng.choice(GROUNDS)
     labels = np.zeros((size, size), np.uint8)
-    for number, kind in enumerate(kinds, 1):
-        is_large = number == len(kinds)
-        radius = size * (rng.uniform(0.25, 0.38) if is_large else rng.uniform(0.06, 0.12))
-        center = size * (rng.uniform(0.35, 0.65, 2) if is_large else rng.random(2))
-        first = np.maximum(center - 1.6 * radius, 0).astype(int)  # no outline reaches beyond 1.56
-        end = (center + 1.6 * radius + 2).astype(int)
-        box = (slice(first[0], end[0]), slice(first[1], end[1]))
-        dy = y[box] - center[0]
-        dx = x[box] - center[1]
-        angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + rng.integers(1024)
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    paints = rng.permutation(PAINTS)  # each shape has its own
+    for number, kind in enumerate(kinds):
+        is_large = number == len(kinds) - 1
+        radius = size * (rng.uniform(0.25, 0.36) if is_large else rng.uniform(0.08, 0.12))
+        center = size * (rng.uniform(0.42, 0.58, 2) if is_large else rng.random(2))
+        dy = y - center[0]
+        dx = x - center[1]
+        tilt = rng.integers(-40, 41)  # up to 14 degrees
+        angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + tilt
         inside = RADII[kind][angle % 1024] * radius - np.hypot(dy, dx)  # pixels to the outline
-        color = tint((ground.mean() + rng.uniform(0.35, 0.65)) % 1, rng)  # unlike the ground's
-        paint = texture(x[box] / size, y[box] / size, color, rng)
         cover = (inside + 0.5).clip(0, 1)[..., None]  # soft over one pixel: no jagged edge
-        image[box] += cover * (paint - image[box])
-        labels[box][inside > 0] = kind + 1
-    return (image * 255).astype(np.uint8), int(kinds[-1]), labels
+        image += cover * (paints[number] - image)
+        labels[inside > 0] = kind + 1
+    return image.round().astype(np.uint8), int(kinds[-1]), labels
 
 
 def draw_kinds(rng):
     """The kinds of an image's shapes, the large one last."""
-    return rng.integers(len(OUTLINES), size=rng.integers(3, 6))
-
-
-def tint(brightness, rng):
-    """A color, (3,) in [0, 1]: a tinted gray, so that few tokens go to hues and many to edges."""
-    return (0.1 + 0.8 * brightness + rng.uniform(-0.1, 0.1, 3)).clip(0, 1)
-
-
-def texture(x, y, color, rng):
-    """A plain, striped, checked or shaded surface around a color: (*x.shape, 3) in [0, 1]."""
-    angle = rng.uniform(0, 2 * np.pi)
-    other = (color + rng.uniform(-0.12, 0.12)).clip(0, 1)
-    u = np.cos(angle) * x + np.sin(angle) * y
-    v = np.cos(angle) * y - np.sin(angle) * x
-    waves = 2 * np.pi * rng.uniform(3, 8)
-    pattern = rng.integers(4)
-    if pattern == 0:
-        mix = 0 * u
-    elif pattern == 1:
-        mix = 0.5 + 0.5 * np.sin(waves * u)
-    elif pattern == 2:
-        mix = 0.5 + 0.5 * np.sign(np.sin(waves * u) * np.sin(waves * v))
-    else:
-        mix = (0.5 + 0.5 * u).clip(0, 1)
-    return (color + mix[..., None] * (other - color)).astype(np.float32)
+    return rng.integers(len(OUTLINES), size=rng.integers(2, 4))
 
 
 if __name__ == "__main__":

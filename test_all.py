@@ -1664,13 +1664,13 @@ def test_the_schedules():
 @pytest.mark.parametrize("script, words, length, warmup", [
     (pretrain, "", 500_000, 6250),
     (pretrain, "--preset=large", 500_000, 6250),
-    (pretrain, "--preset=shapes", 250, 62),
+    (pretrain, "--preset=shapes", 1600, 100),
     (pretrain, "--preset=shapes --steps=60", 60, 15),
-    (pretrain, "--preset=shapes --steps=1200", 1200, 62),  # a longer run has the same
+    (pretrain, "--preset=shapes --steps=9600", 9600, 100),  # a longer run has the same
     (pretrain, "--preset=shapes --steps=60 --warmup_steps=30", 60, 15),
     (pretrain, "--preset=shapes --steps=60 --warmup_steps=9", 60, 9),
-    (pretrain, "--preset=shapes --steps=900 --warmup_epochs=2", 900, 225),  # 2 are 624 steps
-    (pretrain, "--preset=shapes --epochs=2", 624, 62),
+    (pretrain, "--preset=shapes --steps=900 --warmup_epochs=2", 900, 225),  # 2 are 1,250 steps
+    (pretrain, "--preset=shapes --epochs=2", 1250, 100),
     (pretrain, "--batch_size=64 --steps=1040", 1040, 260),
     (finetune_cls, "--batch_size=64 --steps=1000", 1000, 250),
     (finetune_seg, "", 160_000, 1500),
@@ -2983,6 +2983,10 @@ def test_labels_of_the_built_in_shapes_are_those_of_the_images():
                 assert np.array_equal(drawn, images.load(index)[0].permute(1, 2, 0).numpy())
                 assert np.array_equal(label_map, images.read_label_map(key))
     assert few[1] == few[2] != few[3]
+    train, val = masking.open_images("shapes:30", 24, 2000)
+    assert (len(train), len(val)) == (30, 2000)
+    with pytest.raises(masking.BadInput, match="a number of training images"):
+        masking.open_images("shapes:few", 24, 2000)
 
 
 def test_classification_learns_and_evaluates_the_same_anywhere(labelled, tmp_path, capsys):
@@ -3268,6 +3272,22 @@ def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys, monkeypatch
     drawn.clear()
     finetune_cls.main(["--task=curves", f"{tmp_path}/p?", f"--out={tmp_path}/c"])
     assert drawn[0][0] == [1, 2] and np.allclose(drawn[0][1], [25, 60])
+    for number, (steps, reached) in enumerate([(0, 0.2), (100, 0.5), (100, 0.7), (400, 0.9)]):
+        before, after = tmp_path / f"from{steps}", tmp_path / f"ft{number}"
+        after.mkdir()
+        before.mkdir(exist_ok=True)
+        (before / "config.json").write_text(json.dumps({"steps": steps}))
+        weights = f"{before}/checkpoint.pt" if steps else "none"
+        (after / "config.json").write_text(json.dumps({"weights": weights}))
+        name = "val_miou" if steps == 400 else "val_top1"
+        lines = [json.dumps({name: value}) for value in (0.1, reached)]
+        (after / "metrics.jsonl").write_text("\n".join(lines))
+    drawn.clear()
+    finetune_cls.main(["--task=lengths", f"{tmp_path}/ft?", f"--out={tmp_path}/c"])
+    assert drawn[0][0] == [0, 100, 400] and np.allclose(drawn[0][1], [20, 60, 90])
+    assert (tmp_path / "c" / "lengths.png").exists()
+    check_errors(capsys, ["--task=lengths", f"{tmp_path}/no"], [("", "val_top1 or val_miou")],
+                 script=finetune_cls)
     check_errors(capsys, ["--task=curves"], [
         (f"{tmp_path}/[ap]*", "no common epoch or layer"),
         (f"{tmp_path}/no", "no metrics.jsonl with val_top1"),
