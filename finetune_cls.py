@@ -612,9 +612,11 @@ def read_length(folder):
     if not reached:
         raise BadInput(f"{folder}: no metrics.jsonl with val_top1 or val_miou in it")
     weights = read_json(os.path.join(folder, "config.json"))["weights"]
-    before = {"steps": 0} if weights == "none" else read_json(
-        os.path.join(os.path.dirname(weights), "config.json"))
-    return "pre-training steps", {before["steps"]: 100 * reached[-1]}
+    path = os.path.join(os.path.dirname(weights), "metrics.jsonl")
+    before = read_metrics(path) if weights != "none" else [{"step": 0}]
+    if not before:
+        raise BadInput(f"{folder}: its pre-training left no metrics.jsonl beside {weights}")
+    return "pre-training steps", {before[-1]["step"]: 100 * reached[-1]}
 
 
 @torch.no_grad()

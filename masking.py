@@ -792,8 +792,7 @@ def draw_shapes(size, seed, index):
     ground, kind + 1 a shape). Colors, places and sizes do not tell the kinds apart."""
     rng = np.random.default_rng([seed, index])
     kinds = draw_kinds(rng)
-    image = np.empty((size, size, 3), np.float32)
-    image[:] = rng.choice(GROUNDS)
+    image = np.full((size, size, 3), rng.choice(GROUNDS))
     labels = np.zeros((size, size), np.uint8)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     paints = rng.permutation(PAINTS)  # each shape has its own
@@ -801,8 +800,7 @@ def draw_shapes(size, seed, index):
         is_large = number == len(kinds) - 1
         radius = size * (rng.uniform(0.25, 0.36) if is_large else rng.uniform(0.08, 0.12))
         center = size * (rng.uniform(0.42, 0.58, 2) if is_large else rng.random(2))
-        dy = y - center[0]
-        dx = x - center[1]
+        dy, dx = y - center[0], x - center[1]
         tilt = rng.integers(-40, 41)  # up to 14 degrees
         angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + tilt
         inside = RADII[kind][angle % 1024] * radius - np.hypot(dy, dx)  # pixels to the outline

@@ -3276,7 +3276,7 @@ def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys, monkeypatch
         before, after = tmp_path / f"from{steps}", tmp_path / f"ft{number}"
         after.mkdir()
         before.mkdir(exist_ok=True)
-        (before / "config.json").write_text(json.dumps({"steps": steps}))
+        (before / "metrics.jsonl").write_text(json.dumps({"step": steps}))
         weights = f"{before}/checkpoint.pt" if steps else "none"
         (after / "config.json").write_text(json.dumps({"weights": weights}))
         name = "val_miou" if steps == 400 else "val_top1"
@@ -3286,8 +3286,10 @@ def test_curves_of_runs_become_a_picture(labelled, tmp_path, capsys, monkeypatch
     finetune_cls.main(["--task=lengths", f"{tmp_path}/ft?", f"--out={tmp_path}/c"])
     assert drawn[0][0] == [0, 100, 400] and np.allclose(drawn[0][1], [20, 60, 90])
     assert (tmp_path / "c" / "lengths.png").exists()
-    check_errors(capsys, ["--task=lengths", f"{tmp_path}/no"], [("", "val_top1 or val_miou")],
-                 script=finetune_cls)
+    os.remove(tmp_path / "from400" / "metrics.jsonl")
+    check_errors(capsys, ["--task=lengths"], [
+        (f"{tmp_path}/no", "val_top1 or val_miou"), (f"{tmp_path}/ft?", "left no metrics.jsonl"),
+    ], script=finetune_cls)
     check_errors(capsys, ["--task=curves"], [
         (f"{tmp_path}/[ap]*", "no common epoch or layer"),
         (f"{tmp_path}/no", "no metrics.jsonl with val_top1"),
@@ -3790,7 +3792,8 @@ def test_a_step_that_does_not_log_never_waits_for_the_gpu():
 
 
 COUNTS = {  # training images
-    "shapes": 20_000, "ade20k": 20_210, "camvid": 80, "cifar10": 50_000, "cifar100": 50_000,
+    "shapes": 20_000, "shapes:100": 100, "ade20k": 20_210, "camvid": 80, "cifar10": 50_000,
+    "cifar100": 50_000,
 }
 
 
