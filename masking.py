@@ -781,38 +781,37 @@ OUTLINES = {
 }
 # all of the same area, so that size does not give the class away
 RADII = [(r / np.sqrt((r**2).mean())).astype(np.float32) for r in OUTLINES.values()]
-GROUNDS = np.float32([[35, 40, 80], [80, 45, 30], [25, 70, 50], [75, 30, 80]])  # dark, RGB
-PAINTS = np.float32([[255, 90, 80], [255, 165, 50], [255, 230, 80], [110, 220, 100],
-                     [90, 190, 255], [255, 150, 205], [250, 250, 250]])  # bright
+DARK = np.float32([[35, 40, 80], [80, 45, 30], [25, 70, 50], [75, 30, 80]])  # RGB
+BRIGHT = np.float32([[255, 90, 80], [255, 165, 50], [255, 230, 80], [110, 220, 100],
+                     [90, 190, 255], [255, 150, 205], [250, 250, 250]])
 
 
 def draw_shapes(size, seed, index):
-    """A large bright shape over one or two small ones of any kind, on a dark ground: (image (size,
-    size, 3) uint8; its class, the kind of the large shape; its label map (size, size) uint8, 0 the
-    ground, kind + 1 a shape). Colors, places and sizes do not tell the kinds apart."""
+    """A large shape over a small one of any kind, bright on a dark ground or, one in four, dark on bright:
+    (image (size, size, 3) uint8; its class, the kind of the large shape; its label map (size, size)
+    uint8, 0 the ground, kind + 1 a shape). Colors, places and sizes do not tell the kinds apart."""
     rng = np.random.default_rng([seed, index])
     kinds = draw_kinds(rng)
-    image = np.full((size, size, 3), rng.choice(GROUNDS))
+    grounds, paints = (BRIGHT, DARK) if rng.random() < 0.25 else (DARK, BRIGHT)
+    image = np.full((size, size, 3), rng.choice(grounds))
     labels = np.zeros((size, size), np.uint8)
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    paints = rng.permutation(PAINTS)  # each shape has its own
-    for number, kind in enumerate(kinds):
-        is_large = number == len(kinds) - 1
-        radius = size * (rng.uniform(0.25, 0.36) if is_large else rng.uniform(0.08, 0.12))
-        center = size * (rng.uniform(0.42, 0.58, 2) if is_large else rng.random(2))
+    for kind, paint, is_large in zip(kinds, rng.permutation(paints), (False, True)):
+        radius = size * (rng.uniform(0.28, 0.36) if is_large else rng.uniform(0.08, 0.12))
+        center = size * (rng.uniform(0.46, 0.54, 2) if is_large else rng.random(2))
         dy, dx = y - center[0], x - center[1]
-        tilt = rng.integers(-40, 41)  # up to 14 degrees
+        tilt = rng.integers(-10, 11)  # up to 3.5 degrees
         angle = (np.arctan2(dy, dx) * (512 / np.pi)).astype(int) + tilt
         inside = RADII[kind][angle % 1024] * radius - np.hypot(dy, dx)  # pixels to the outline
         cover = (inside + 0.5).clip(0, 1)[..., None]  # soft over one pixel: no jagged edge
-        image += cover * (paints[number] - image)
+        image += cover * (paint - image)
         labels[inside > 0] = kind + 1
     return image.round().astype(np.uint8), int(kinds[-1]), labels
 
 
 def draw_kinds(rng):
-    """The kinds of an image's shapes, the large one last."""
-    return rng.integers(len(OUTLINES), size=rng.integers(2, 4))
+    """The kinds of an image's two shapes, the large one last."""
+    return rng.integers(len(OUTLINES), size=2)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class Config(RunConfig):
 
 # Presets: what each changes in the recipe. The demos' tokenizer is our own dVAE, trained first.
 SHAPES = dict(
-    data="shapes", out="out/shapes", crop_min=0.6, jitter=0.0, val_images=512, num_workers=2,
+    data="shapes", out="out/shapes", crop_min=0.7, jitter=0.0, val_images=512, num_workers=2,
     size="nano", image_size=48, patch_size=8, min_block=5, drop_path=0.0,
     steps=1600, warmup_steps=100, batch_size=32, lr=2e-3,
     log_every=100, eval_every=800, save_every=400,
