@@ -787,9 +787,10 @@ BRIGHT = np.float32([[255, 90, 80], [255, 165, 50], [255, 230, 80], [110, 220, 1
 
 
 def draw_shapes(size, seed, index):
-    """A large shape over a small one of any kind, bright on a dark ground or, one in four, dark on bright:
-    (image (size, size, 3) uint8; its class, the kind of the large shape; its label map (size, size)
-    uint8, 0 the ground, kind + 1 a shape). Colors, places and sizes do not tell the kinds apart."""
+    """A large shape over a small one of any kind, bright on a dark ground or in a quarter dark on a
+    bright one: (image (size, size, 3) uint8; its class, the kind of the large shape; its label map
+    (size, size) uint8, 0 the ground, kind + 1 a shape). Colors, places and sizes do not tell the
+    kinds apart."""
     rng = np.random.default_rng([seed, index])
     kinds = draw_kinds(rng)
     grounds, paints = (BRIGHT, DARK) if rng.random() < 0.25 else (DARK, BRIGHT)
