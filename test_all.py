@@ -60,11 +60,11 @@ KILLS = int(os.environ.get("KILLS", 3))  # how often the kill test kills; 20 tak
 
 COMMON = (
     "--preset=shapes --image_size=32 --steps=6 --warmup_epochs=0 --num_workers=0 --log_every=1 "
-    "--eval_every=0 --save_every=2"
+    "--eval_every=0 --save_every=2 --drop_path=0.1"
 ).split()
 TOY = COMMON + (
     "--patch_size=4 --batch_size=8 --lr=3e-3 --downsample=2 --vocab_size=32 --dvae_dim=8 "
-    "--tokenizer_steps=2 --val_images=8"
+    "--tokenizer_steps=2 --val_images=8 --jitter=0.4"
 ).split()
 TUNING = [*COMMON, "--patch_size=8", "--batch_size=6", "--weights=none"]
 TOY_CLS = [*TUNING, "--labels_per_class=0"]
