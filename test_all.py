@@ -1742,7 +1742,7 @@ def test_a_fork_is_one_function_and_one_line(tmp_path, monkeypatch, capsys):
         seen_groups.extend(groups)
         return torch.optim.SGD(groups, config.lr)
 
-    mine = {"data": "grey:#4d4d4d", "jitter": 0.0, "mask": "rising", "schedule": "stairs"}
+    mine = {"data": "grey:#4d4d4d", "mask": "rising", "schedule": "stairs"}
     mine |= {"tokenizer": "stripes", "size": "micro", "projector_dim": 5, "optimizer": "sgd"}
     added = {
         "size": (VIT_SIZES, "micro", dict(dim=24, depth=1, heads=2, layer_scale=0.1)),
@@ -1758,7 +1758,7 @@ def test_a_fork_is_one_function_and_one_line(tmp_path, monkeypatch, capsys):
     for table, name, made in added.values():
         monkeypatch.setitem(table, name, made)
     monkeypatch.setitem(pretrain.SINKS, "list", lambda config, start: records.append)
-    words = [*TOY, "--preset=mine"]
+    words = [*TOY, "--preset=mine", "--jitter=0"]
     lines = toy(tmp_path / "doubled", *words, "--task=doubled")
     assert [line["lr"] for line in lines] == [3e-3] * 3 + [1e-5 + 0.25 * (3e-3 - 1e-5)] * 3
     assert abs(lines[0]["half"] / 10 - 1) < 0.1  # of (2 - almost 0)^2 and (4 - almost 0)^2
