@@ -563,9 +563,10 @@ def curves(config):
     """OUT/curves.png: a line per run of held-out accuracy against the epoch, or of probes against
     the layer; --task=lengths: of what fine-tuning reached against the steps of the pre-training
     before it. A pattern such as 'out/a*' gives one line, in a band of one standard deviation."""
+    task = f"--task={config.task}"
     if not config.runs:
-        raise BadInput(f"--task={config.task}: name the folders of the runs behind it")
-    figure = optional("matplotlib.figure", f"--task={config.task}").Figure((6, 4), layout="tight")
+        raise BadInput(f"{task}: name the folders of the runs behind it")
+    figure = optional("matplotlib.figure", task).Figure((6, 4), layout="constrained")
     axes = figure.subplots()
     read = read_length if config.task == "lengths" else read_curve
     labels = set()
@@ -573,10 +574,10 @@ def curves(config):
         folders = sorted(glob.glob(pattern)) or [pattern]
         found, runs = zip(*map(read, folders), strict=True)
         labels.update(found)
-        shared = set.intersection(*map(set, runs)) if read is read_curve else set().union(*runs)
-        if not shared or len(labels) > 1:
+        join = set.intersection if read is read_curve else set.union
+        places = sorted(join(*map(set, runs)))
+        if not places or len(labels) > 1:
             raise BadInput(f"{pattern}: these runs were evaluated at no common epoch or layer")
-        places = sorted(shared)
         values = [[run[place] for run in runs if place in run] for place in places]
         mean = np.array([np.mean(group) for group in values])
         axes.plot(places, mean, marker=".", label=pattern)
