@@ -150,8 +150,7 @@ class Config(RunConfig):
     images_per_s: Free[float] = 0.0  # of one GPU, for the plan; 0: measured now; paper: about 148
 
 
-# Presets: what each changes in the recipe. The demos' tokenizer is our own dVAE, trained first; the
-# shapes' run is too short for jitter and stochastic depth to pay.
+# Presets: what each changes in the recipe. The demos' tokenizer is our own dVAE, trained first.
 SHAPES = dict(
     data="shapes", out="out/shapes", crop_min=0.7, jitter=0.0, val_images=512, num_workers=2,
     size="nano", image_size=48, patch_size=8, min_block=5, drop_path=0.0, log_every=100,
