@@ -101,8 +101,8 @@ CIFAR10 = PLAIN | dict(
 )
 SHAPES = CIFAR10 | dict(
     data="shapes", weights="out/shapes/checkpoint.pt", out="out/shapes_cls",
-    image_size=48, patch_size=8, crop_min=0.7, labels_per_class=100, drop_path=0.0,
-    epochs=48, warmup_epochs=4, batch_size=32, layer_decay=1.0, log_every=100, eval_every=300,
+    image_size=48, patch_size=8, crop_min=1.0, labels_per_class=100, drop_path=0.0,
+    epochs=8, warmup_epochs=1, batch_size=32, layer_decay=1.0, log_every=25, eval_every=50,
 )
 TINY_PROBE = PROBE | dict(epochs=10, batch_size=256)
 PRESETS = {

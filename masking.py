@@ -787,17 +787,15 @@ BRIGHT = np.float32([[255, 90, 80], [255, 165, 50], [255, 230, 80], [110, 220, 1
 
 
 def draw_shapes(size, seed, index):
-    """A large shape over a small one of any kind, bright on a dark ground or in a quarter dark on a
-    bright one: (image (size, size, 3) uint8; its class, the kind of the large shape; its label map
-    (size, size) uint8, 0 the ground, kind + 1 a shape). Colors, places and sizes do not tell the
-    kinds apart."""
+    """A large shape over a small one of any kind, bright on a dark ground: (image (size, size, 3)
+    uint8; its class, the kind of the large shape; its label map (size, size) uint8, 0 the ground,
+    kind + 1 a shape). Colors, places and sizes do not tell the kinds apart."""
     rng = np.random.default_rng([seed, index])
     kinds = draw_kinds(rng)
-    grounds, paints = (BRIGHT, DARK) if rng.random() < 0.25 else (DARK, BRIGHT)
-    image = np.full((size, size, 3), rng.choice(grounds))
+    image = np.full((size, size, 3), rng.choice(DARK))
     labels = np.zeros((size, size), np.uint8)
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    for kind, paint, is_large in zip(kinds, rng.permutation(paints), (False, True)):
+    for kind, paint, is_large in zip(kinds, rng.permutation(BRIGHT), (False, True)):
         radius = size * (rng.uniform(0.28, 0.36) if is_large else rng.uniform(0.08, 0.12))
         center = size * (rng.uniform(0.46, 0.54, 2) if is_large else rng.random(2))
         dy, dx = y - center[0], x - center[1]

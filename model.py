@@ -31,7 +31,7 @@ from masking import NORMS, BadInput, copy_to
 # Layers / width / heads: base and large are table 12's, tiny and small DeiT's, nano is the demos',
 # minutes on two CPU cores. LayerScale's init, of a variant that has it, is the official code's.
 VIT_SIZES = {
-    "nano": dict(dim=128, depth=6, heads=4, layer_scale=0.1),
+    "nano": dict(dim=64, depth=6, heads=4, layer_scale=0.1),
     "tiny": dict(dim=192, depth=12, heads=3, layer_scale=0.1),
     "small": dict(dim=384, depth=12, heads=6, layer_scale=0.1),
     "base": dict(dim=768, depth=12, heads=12, layer_scale=0.1),
@@ -363,7 +363,7 @@ class UpsamplingHead(nn.Module):
     def __init__(self, dim, num_classes, scales):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        width = min(256, dim // 2)  # else the head would be most of a small network's work
+        width = min(256, dim)  # else the head would be most of a small network's work
         layers = []
         for number, scale in enumerate(scales):
             layers += [nn.Conv2d(width if number else dim, width, 3, padding=1, bias=False)]

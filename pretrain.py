@@ -152,9 +152,9 @@ class Config(RunConfig):
 
 # Presets: what each changes in the recipe. The demos' tokenizer is our own dVAE, trained first.
 SHAPES = dict(
-    data="shapes", out="out/shapes", crop_min=0.7, jitter=0.0, val_images=512, num_workers=2,
+    data="shapes", out="out/shapes", crop_min=1.0, jitter=0.0, val_images=512, num_workers=2,
     size="nano", image_size=48, patch_size=8, min_block=5, drop_path=0.0, log_every=100,
-    steps=1600, warmup_steps=100, batch_size=32, lr=2e-3, eval_every=800, save_every=400,
+    steps=3600, warmup_steps=100, batch_size=32, lr=2e-3, eval_every=1200, save_every=400,
     tokenizer="dvae", tokenizer_steps=1000, tokenizer_lr=6e-3, tokenizer_warmup=50, kl_weight=3e-3,
     vocab_size=256, downsample=4, dvae_dim=64,
     projector_dim=512, prototypes=2048, teacher_momentum=0.99, teacher_temperature=0.04,
