@@ -87,10 +87,10 @@ CAMVID = dict(
     log_every=25, eval_every=300, save_every=200,
 )
 SHAPES = CAMVID | dict(
-    data="shapes:100", out="out/shapes_seg", weights="out/shapes/checkpoint.pt",
-    num_classes=9, ignore_zero=False, val_images=200, image_size=48, stride=32,
-    steps=300, batch_size=16, lr=6e-3, layer_decay=0.9, clip_grad=1.0,
-    most_of_crop=1.0, scale_min=0.75, scale_max=1.33,
+    data="shapes:800", out="out/shapes_seg", weights="out/shapes/checkpoint.pt",
+    num_classes=9, ignore_zero=False, val_images=200, image_size=48, stride=32, drop_path=0.0,
+    steps=80, warmup_steps=20, batch_size=32, micro_batch=32, lr=1e-2, clip_grad=1.0,
+    log_every=20, eval_every=40, most_of_crop=1.0, scale_min=1.0, scale_max=1.0,
 )
 PRESETS = {"ade20k": dict(), "camvid": CAMVID, "shapes": SHAPES}
 
