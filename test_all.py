@@ -1664,7 +1664,7 @@ def test_the_schedules():
 @pytest.mark.parametrize("script, words, length, warmup", [
     (pretrain, "", 500_000, 6250),
     (pretrain, "--preset=large", 500_000, 6250),
-    (pretrain, "--preset=shapes", 1600, 100),
+    (pretrain, "--preset=shapes", 3600, 100),
     (pretrain, "--preset=shapes --steps=60", 60, 15),
     (pretrain, "--preset=shapes --steps=9600", 9600, 100),  # a longer run has the same
     (pretrain, "--preset=shapes --steps=60 --warmup_steps=30", 60, 15),
