@@ -3794,7 +3794,7 @@ def test_a_step_that_does_not_log_never_waits_for_the_gpu():
 
 
 COUNTS = {  # training images
-    "shapes": 20_000, "shapes:100": 100, "ade20k": 20_210, "camvid": 80, "cifar10": 50_000,
+    "shapes": 20_000, "shapes:800": 800, "ade20k": 20_210, "camvid": 80, "cifar10": 50_000,
     "cifar100": 50_000,
 }
 
