@@ -584,8 +584,6 @@ def curves(config):
         if min(map(len, values)) > 1:
             spread = np.array([np.std(group, ddof=1) for group in values])
             axes.fill_between(places, mean - spread, mean + spread, alpha=0.2)
-    if read is read_length:
-        axes.set_xscale("symlog", linthresh=100)  # 0 is from scratch
     axes.set(xlabel=labels.pop(), ylabel="top-1 or mIoU, %")
     axes.grid(alpha=0.3)
     axes.legend()
