@@ -3315,7 +3315,7 @@ def test_bad_input_of_classification_gets_one_line(labelled, tmp_path, capsys):
         (f"--data={tmp_path}/differ", "2 classes in train/, 1 in val/; b is in one only"),
         (f"--data={tmp_path}/loose", ".jpg: is in no class"),
         (cut, "3.jpg: cannot be read as an image"),
-        (f"--task=eval {five}", "head.weight is (5, 128) there and (3, 128) in the model"),
+        (f"--task=eval {five}", "head.weight is (5, 64) there and (3, 64) in the model"),
         (f"{five} --size=tiny", "cls_token is (1, 1, 128) there and (1, 1, 192)"),
         ("--weights=gone.pt", "gone.pt: no such file"),
         "--task=probe: give --weights=FILE", "--task=attention: give --weights=FILE",
