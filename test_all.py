@@ -1567,7 +1567,7 @@ def test_heads_of_a_state_dict_are_those_of_the_size_or_said_to_be_assumed(size,
 def test_what_is_no_beit_is_called_by_its_name(tmp_path):
     timm = pytest.importorskip("timm")
     foreign = timm.create_model("vit_small_patch14_dinov2", img_size=56, depth=1, num_classes=0)
-    key_bias = ViT(NANO).state_dict() | {"blocks.0.attn.k.bias": torch.zeros(128)}
+    key_bias = ViT(NANO).state_dict() | {"blocks.0.attn.k.bias": torch.zeros(NANO.dim)}
     path = tmp_path / "w.pth"
     for content, message in (
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "b'version https"),
@@ -3316,7 +3316,7 @@ def test_bad_input_of_classification_gets_one_line(labelled, tmp_path, capsys):
         (f"--data={tmp_path}/loose", ".jpg: is in no class"),
         (cut, "3.jpg: cannot be read as an image"),
         (f"--task=eval {five}", "head.weight is (5, 64) there and (3, 64) in the model"),
-        (f"{five} --size=tiny", "cls_token is (1, 1, 128) there and (1, 1, 192)"),
+        (f"{five} --size=tiny", "cls_token is (1, 1, 64) there and (1, 1, 192)"),
         ("--weights=gone.pt", "gone.pt: no such file"),
         "--task=probe: give --weights=FILE", "--task=attention: give --weights=FILE",
         (f"--task=probe {five}", "--task=probe --smoothing=0.1: a probe has"),
