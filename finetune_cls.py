@@ -96,13 +96,13 @@ PROBE = PLAIN | dict(task="probe", epochs=50, lr=4e-3, weight_decay=1e-4, warmup
 CIFAR10 = PLAIN | dict(
     data="cifar10", weights="out/cifar10/checkpoint.pt", out="out/cifar10_cls",
     size="nano", image_size=32, patch_size=4, crop_min=0.4, eval_crop=1.0, num_workers=2,
-    epochs=30, warmup_epochs=2, batch_size=64, lr=2e-3, layer_decay=0.75, smoothing=0.1,
-    log_every=25, eval_every=781, save_every=500,
+    epochs=30, warmup_epochs=2, batch_size=32, lr=2e-3, layer_decay=0.75, smoothing=0.1,
+    drop_path=0.0, log_every=25, eval_every=1562, save_every=500,
 )
 SHAPES = CIFAR10 | dict(
     data="shapes", weights="out/shapes/checkpoint.pt", out="out/shapes_cls",
-    image_size=48, patch_size=8, crop_min=1.0, labels_per_class=100, drop_path=0.0,
-    epochs=8, warmup_epochs=1, batch_size=32, layer_decay=1.0, log_every=25, eval_every=50,
+    image_size=48, patch_size=8, crop_min=1.0, labels_per_class=100,
+    epochs=8, warmup_epochs=1, layer_decay=1.0, eval_every=50,
 )
 TINY_PROBE = PROBE | dict(epochs=10, batch_size=256)
 PRESETS = {

@@ -161,9 +161,7 @@ SHAPES = dict(
 )
 CIFAR = SHAPES | dict(
     data="cifar10", out="out/cifar10", crop_min=0.3, jitter=0.4, val_images=2048,
-    image_size=32, patch_size=4, min_block=16, drop_path=0.1,
-    epochs=10, steps=0, warmup_epochs=0.2, warmup_steps=0, batch_size=64, lr=1e-3, eval_every=1000,
-    save_every=500, tokenizer_lr=3e-3, tokenizer_warmup=156, kl_weight=1e-2, vocab_size=512,
+    image_size=32, patch_size=4, min_block=16, epochs=10, steps=0, vocab_size=512,
 )
 PRESETS = {
     "paper": dict(),
