@@ -166,8 +166,9 @@ class Views(Dataset):
         predict_all = config.predict == "all"
         sample["predict"] = torch.ones_like(sample["mask"]) if predict_all else sample["mask"]
         if not self.train:
-            for name, size in self.sizes.items():  # the usual 256 for 224
-                resized = TF.resize(image, [round(size * 8 / 7)], BICUBIC, antialias=True)
+            for name, size in self.sizes.items():
+                side = round(size / config.eval_crop)  # the usual 256 for 224
+                resized = TF.resize(image, [side], BICUBIC, antialias=True)
                 sample[name] = TF.center_crop(resized, [size, size])
             return sample
         if config.cache_epochs:

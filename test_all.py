@@ -2915,6 +2915,13 @@ def test_evaluation_resizes_the_short_side_and_crops_the_middle(tmp_path):
             middle = picture.resize(size, Image.BICUBIC).crop((left, top, left + side, top + side))
             expected = torch.tensor((np.asarray(middle) / 255 - MEAN) / STD).permute(2, 0, 1)
             assert (view - expected).abs().max() < 1e-5
+        for preset, side, short in (("paper", 224, 256), ("shapes", 48, 48)):  # all of a shape
+            view = masking.Views(images, parse(f"--preset={preset}"), side, train=False)[0, 0, 1.0]
+            size = [short if length == 400 else short * 3 // 2 for length in (width, height)]
+            left, top = [(length - side) // 2 for length in size]
+            middle = picture.resize(size, Image.BICUBIC).crop((left, top, left + side, top + side))
+            expected = torch.tensor(np.asarray(middle)).permute(2, 0, 1)
+            assert (view["images"].float() - expected).abs().max() <= 1
 
 
 def test_mixing_mixes_images_and_labels_alike():
