@@ -96,7 +96,7 @@ PROBE = PLAIN | dict(task="probe", epochs=50, lr=4e-3, weight_decay=1e-4, warmup
 CIFAR10 = PLAIN | dict(
     data="cifar10", weights="out/cifar10/checkpoint.pt", out="out/cifar10_cls",
     size="nano", image_size=32, patch_size=4, crop_min=0.4, eval_crop=1.0, num_workers=2,
-    epochs=30, warmup_epochs=2, batch_size=32, lr=2e-3, layer_decay=0.75, smoothing=0.1,
+    threads=1, epochs=30, warmup_epochs=2, batch_size=32, lr=2e-3, layer_decay=0.75, smoothing=0.1,
     drop_path=0.0, log_every=25, eval_every=1562, save_every=500,
 )
 SHAPES = CIFAR10 | dict(

@@ -82,7 +82,7 @@ class Config(RunConfig):
 
 CAMVID = dict(
     data="camvid", out="out/camvid", weights="none", num_classes=11, num_workers=2,
-    size="nano", image_size=128, patch_size=8, stride=85,
+    threads=1, size="nano", image_size=128, patch_size=8, stride=85,
     steps=600, warmup_steps=50, batch_size=8, lr=2e-3, layer_decay=0.75,
     log_every=25, eval_every=300, save_every=200,
 )

@@ -698,6 +698,16 @@ def test_no_more_loaders_than_cores_that_may_be_used(capsys):
     assert capsys.readouterr().out.strip().endswith(" 1 cores")
 
 
+def test_a_tiny_network_computes_in_one_thread_on_any_number_of_cores(tmp_path, dvae):
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        pretrain.setup_device(pretrain.Config(device="cpu"))
+        assert torch.get_num_threads() == threads  # left as it was
+        toy(tmp_path / str(threads), f"--tokenizer=dvae:{dvae}")
+        assert torch.get_num_threads() == 1
+    assert same_weights(tmp_path / "1", tmp_path / "2")
+
+
 def test_micro_batches_are_even():
     batch = {"images": torch.arange(171), "mask": torch.arange(171) % 2}
     parts = masking.micro_batches(batch, 128)
@@ -1664,7 +1674,7 @@ def test_the_schedules():
 @pytest.mark.parametrize("script, words, length, warmup", [
     (pretrain, "", 500_000, 6250),
     (pretrain, "--preset=large", 500_000, 6250),
-    (pretrain, "--preset=shapes", 3600, 100),
+    (pretrain, "--preset=shapes", 3000, 100),
     (pretrain, "--preset=shapes --steps=60", 60, 15),
     (pretrain, "--preset=shapes --steps=9600", 9600, 100),  # a longer run has the same
     (pretrain, "--preset=shapes --steps=60 --warmup_steps=30", 60, 15),
@@ -1845,7 +1855,7 @@ def test_bad_input_gets_one_line(tmp_path, dvae, capsys, monkeypatch):
         (f"--data={broken} --out={tmp_path}/held_out", "0.png: cannot be read as an image"),
         (f"--data={tiny}", "--batch_size=8: must be from 1"),
         f"--data={tmp_path}/empty: holds no two images", "--data=/no/where: no such folder",
-        "--seed=-1: give 0 or more", "--num_workers=-1: give 0 or more",
+        "--seed=-1: give 0 or more", "--num_workers=-1: give 0 or more", "--threads=-1: give 0",
         "--lr=nan: give 1e-09 or more", "--jitter=-1.0: give 0 or more",
         "--crop_min=2.0: give 0.01 to 1", "--batch_size=0: give 1 or more",
         ("--patch_size=5", "image_size=32 is no multiple of patch_size=5"),
