@@ -100,7 +100,7 @@ class RunConfig:
     drop_path: float = 0.1  # stochastic depth of the last block; longer runs tolerate more
     seed: Shared[int] = 0  # of init, order, crops, masks, noise; rerun with others for error bars
     num_workers: Free[int] = 8  # processes that load images for a GPU; batches don't depend on it
-    threads: Free[int] = 0  # of the CPU; 0: torch's choice; 1 is fastest for tiny networks
+    threads: Free[int] = 0  # of the CPU; 0: torch's choice; more than 1 slow a tiny network down
     dtype: Free[Literal["auto", "float32", "float16", "bfloat16"]] = "auto"  # V100: float16
     compile: Free[bool] = False  # torch.compile: a minute's start, then 1.3 times as fast on a GPU
     checkpointing: Free[bool] = False  # compute activations twice: less memory, a third more time
@@ -155,11 +155,10 @@ class Config(RunConfig):
 # Presets: what each changes in the recipe. The demos' tokenizer is our own dVAE, trained first.
 SHAPES = dict(
     data="shapes", out="out/shapes", crop_min=1.0, eval_crop=1.0, jitter=0.0,
-    num_workers=2, threads=1, log_every=100,
     size="nano", image_size=48, patch_size=8, min_block=5, drop_path=0.0, val_images=512,
     steps=3000, warmup_steps=100, batch_size=32, lr=2e-3, eval_every=1000, save_every=400,
     tokenizer="dvae", tokenizer_steps=1000, tokenizer_lr=6e-3, tokenizer_warmup=50, kl_weight=3e-3,
-    vocab_size=256, downsample=4, dvae_dim=64,
+    vocab_size=256, downsample=4, dvae_dim=64, num_workers=2, threads=1, log_every=100,
     projector_dim=512, prototypes=2048, teacher_momentum=0.99, teacher_temperature=0.04,
 )
 CIFAR = SHAPES | dict(

@@ -2916,22 +2916,23 @@ def test_evaluation_resizes_the_short_side_and_crops_the_middle(tmp_path):
     for width, height in ((600, 400), (400, 600)):
         picture = drawing(600, 3).resize((width, height), Image.BICUBIC)
         images = masking.Images([0], lambda key: picture, "one")
+
+        def middle(side, short, long):
+            size = (long, short) if width > height else (short, long)
+            left, top = [(length - side) // 2 for length in size]
+            box = (left, top, left + side, top + side)
+            return np.asarray(picture.resize(size, Image.BICUBIC).crop(box))  # (side, side, 3)
+
         for preset, side, short, long in (("imagenet", 224, 256, 384), ("cifar100", 224, 256, 384),
                                           ("imagenet384", 384, 384, 576)):
             config = parse(f"--preset={preset}", "--weights=none", script=finetune_cls)
             view = finetune_cls.LabelledViews(images, config, train=False)[0, 0, 1.0]["images"]
-            size = (long, short) if width > height else (short, long)
-            left, top = [(length - side) // 2 for length in size]
-            middle = picture.resize(size, Image.BICUBIC).crop((left, top, left + side, top + side))
-            expected = torch.tensor((np.asarray(middle) / 255 - MEAN) / STD).permute(2, 0, 1)
-            assert (view - expected).abs().max() < 1e-5
-        for preset, side, short in (("paper", 224, 256), ("shapes", 48, 48)):  # all of a shape
-            view = masking.Views(images, parse(f"--preset={preset}"), side, train=False)[0, 0, 1.0]
-            size = [short if length == 400 else short * 3 // 2 for length in (width, height)]
-            left, top = [(length - side) // 2 for length in size]
-            middle = picture.resize(size, Image.BICUBIC).crop((left, top, left + side, top + side))
-            expected = torch.tensor(np.asarray(middle)).permute(2, 0, 1)
-            assert (view["images"].float() - expected).abs().max() <= 1
+            expected = (middle(side, short, long) / 255 - MEAN) / STD
+            assert np.abs(view.permute(1, 2, 0).numpy() - expected).max() < 1e-5
+        for preset, side, short, long in (("paper", 224, 256, 384), ("shapes", 48, 48, 72)):
+            views = masking.Views(images, parse(f"--preset={preset}"), side, train=False)
+            view = views[0, 0, 1.0]["images"].permute(1, 2, 0).float().numpy()
+            assert np.abs(view - middle(side, short, long)).max() <= 1  # shapes: whole
 
 
 def test_mixing_mixes_images_and_labels_alike():
